@@ -1,0 +1,126 @@
+"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Touvron et al. 2023 (arXiv 2302.13971); Mistral has the same architecture.  Module names are those of
+Hugging Face checkpoints, so loading is a rename of prefixes.  The decoder knows nothing of how keys
+and values are kept: each layer hands q, k, v to a cache (`Cache` below) and gets the attention
+output back; in prefill it asks once per layer which rows of the sequence go on.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minivlm.config import TextConfig
+
+
+class Cache(Protocol):
+    """What the decoder asks of a KV cache."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store this step's k, v [B, H_kv, S, D] (rotated) and return the attention of q [B, H, S, D], same shape."""
+
+    def survivors(self, layer: int) -> Tensor | None:
+        """Row indices [B, S'] of the hidden states that go on after `layer`, ascending; None keeps all."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then scaled."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_table(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, S, D] for integer positions [B, S]; angles in float32, the result in `dtype`."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)  # [B, 1, S, D/2]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding in the half-split form: dimension i is paired with i + D/2 (Hugging Face's layout)."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.head_dim)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, S, D]
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # [B, H_kv, S, D]
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        out = cache.attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # [B, H, S, D]
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Llama(nn.Module):
+    """Token embeddings, decoder layers and the final norm; the language-model head lives with the caller."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Embeddings [B, S, C] at original positions [B, S] -> normed hidden states [B, S', C].
+
+        S' < S when the cache's prompt filter dropped rows on the way.
+        """
+        rope = rope_table(positions, self.config, hidden.dtype)
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden, rope, cache)
+            rows = cache.survivors(i)
+            if rows is not None:
+                hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+                positions = positions.gather(1, rows)
+                rope = rope_table(positions, self.config, hidden.dtype)
+        return self.norm(hidden)
