@@ -1,0 +1,1 @@
+"""The explicit KV cache and the policies that decide what it holds."""

@@ -1,0 +1,38 @@
+"""Ordering scores the way A-VL states it: higher first, ties to the lower position, decided in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LAST = torch.iinfo(torch.int64).max  # a key behind which nothing is evicted
+_TOP = torch.iinfo(torch.int32).max
+
+
+def order_key(scores: Tensor, positions: Tensor) -> Tensor:
+    """int64 keys, larger is better: float32 scores first, then the lower of two positions (< 2**31).
+
+    One comparison of such keys decides exactly, whatever order the slots are in.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the equal of 0.0
+    bits = bits ^ ((bits >> 31) & _TOP)  # two's complement order is now float order
+    return (bits.long() << 32) | (_TOP - positions.long())
+
+
+def best_first(scores: Tensor, positions: Tensor) -> Tensor:
+    """Indices that sort the last dimension best first."""
+    return order_key(scores, positions).argsort(dim=-1, descending=True)
+
+
+def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
+    """The q-quantile, linearly interpolated, of the masked values of the last dimension: [..., n] -> [..., 1].
+
+    Rows without any value give 0.
+    """
+    ordered = torch.where(mask, values, torch.inf).sort(dim=-1).values
+    last = (mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0).expand(*ordered.shape[:-1], 1)
+    rank = last.double() * q
+    below = rank.long()
+    low, high = ordered.gather(-1, below), ordered.gather(-1, torch.minimum(below + 1, last))
+    value = torch.lerp(low, high, (rank - below).to(values.dtype))
+    return torch.where(mask.any(dim=-1, keepdim=True), value, 0)
