@@ -55,7 +55,7 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
     needed, free = sum(p.nbytes for p in model.parameters()), _free_bytes(where)
     if free is not None and needed > free:
         raise UserError(
-            f"{folder}: the weights take {needed / 1e9:.2f} GB in {str(wanted)[6:]}, {where} has {free / 1e9:.2f} GB free"
+            f"{folder}: the weights take {needed / 1e6:,.2f} MB in {str(wanted)[6:]}, {where} has {free / 1e6:,.2f} MB free"
         )
     filled = {name: torch.empty(shape, dtype=wanted, device=where) for name, shape in shapes.items()}
     total = sum(tensor.nbytes for tensor in stored.values())
