@@ -66,7 +66,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = make_config(family, generation=generation, kv_heads=kv_heads, dtype=dtype, **overrides)
-    tensors = rename(make_tensors(config, seed), layout)
+    tensors = {on_disk(name, layout): tensor for name, tensor in make_tensors(config, seed).items()}
     if layout == "a":  # what old checkpoints also hold, and loading skips
         positions = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2 + 1
         tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(positions)[None]
@@ -127,19 +127,15 @@ def make_config(family: str, *, generation: str = "old", kv_heads: int = 2, dtyp
 def make_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """Every tensor that transformers saves for `config`, by the names of `minivlm.llava.Llava`, in float32."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: _random(name, shape, generator) for name, shape in _shapes(config)}
+    return {name: _random(name, shape, generator) for name, shape in shapes(config)}
 
 
-def rename(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
-    """Canonical names -> those of a key layout."""
-
-    def on_disk(name: str) -> str:
-        for ours, theirs in _PREFIXES[layout].items():
-            if name.startswith(ours):
-                return theirs + name[len(ours) :]
-        return name
-
-    return {on_disk(name): tensor for name, tensor in tensors.items()}
+def on_disk(name: str, layout: str) -> str:
+    """The name a tensor has in a key layout."""
+    for ours, theirs in _PREFIXES[layout].items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
@@ -239,7 +235,8 @@ def dump(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2))
 
 
-def _shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name (as `minivlm.llava.Llava` has it) and shape of every tensor that transformers saves."""
     text, vision = config["text_config"], config["vision_config"]
     width, inner = vision["hidden_size"], vision["intermediate_size"]
 
