@@ -155,7 +155,7 @@ def test_no_config(single):
     refused(lambda: load_model(single), "no config.json")
 
 
-@pytest.mark.parametrize("text, said", [("{", "not valid JSON"), ("[]", "expected a JSON object"), ("[" * 100_000, "not valid JSON")])
+@pytest.mark.parametrize("text, said", [("{", "not a readable JSON file"), ("[]", "expected an object"), ("[" * 100_000, "not a readable JSON file")])
 def test_damaged_json(single, text, said):
     (single / "config.json").write_text(text)
     refused(lambda: load_model(single), "config.json", said)

@@ -17,10 +17,11 @@ from minivlm.config import VLMConfig
 from minivlm.errors import UserError
 from minivlm.llava import Llava
 from minivlm.processor import Processor
+from minivlm.tokenizer import read_json
 from minivlm.vlm import VLM
 from weights.find import find_checkpoint
 from weights.layout import match
-from weights.read import fill, read_headers, read_json
+from weights.read import fill, read_headers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LARGE = 1 << 30  # bytes on disk from which on a progress bar is worth its line
@@ -68,11 +69,9 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
 
 def read_config(folder: Path) -> VLMConfig:
     """The `config.json` of a folder, with the `generation_config.json` beside it if there is one."""
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json (expected a checkpoint folder in Hugging Face layout)")
-    generation = folder / "generation_config.json"
-    return VLMConfig.from_dict(read_json(config), read_json(generation) if generation.is_file() else None)
+    return VLMConfig.from_dict(read_json(folder / "config.json"), read_json(folder / "generation_config.json"))
 
 
 def _device(name: str) -> torch.device:

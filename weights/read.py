@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
+from minivlm.tokenizer import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,19 +38,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     nbytes: int
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; raises `UserError` where it is missing, unreadable or something else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def shard_names(index: Path) -> dict[str, str]:
