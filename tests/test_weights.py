@@ -301,6 +301,22 @@ def test_the_same_tensor_in_two_layouts(single):
     refused(lambda: load_model(single), "lm_head.weight and", "the same tensor")
 
 
+def test_a_file_that_shrinks_while_it_is_read(single):
+    stored = weights.read.read_headers(single)
+    last = max(stored.values(), key=lambda tensor: tensor.start)
+    os.truncate(single / SINGLE, last.start + 1)
+    target = torch.empty(last.shape, dtype=weights.read.DTYPES[last.dtype])
+    refused(lambda: weights.read.fill([(last, target)], lambda _: None), SINGLE, last.name)
+    (single / SINGLE).unlink()
+    refused(lambda: weights.read.fill([(last, target)], lambda _: None), SINGLE, "No such file")
+
+
+def test_the_tokenizer_is_checked_before_the_weights_are_read(single, monkeypatch):
+    monkeypatch.setattr(weights.build, "fill", lambda *_: pytest.fail("loading started"))
+    edit_json(single / "config.json", lambda c: c.update(image_token_index=17))
+    refused(lambda: load(single, device="cpu"), "image_token_index is 17")
+
+
 def test_what_does_not_fit_is_said_before_loading(single, monkeypatch):
     monkeypatch.setattr(weights.build, "_free_bytes", lambda device: 500_000)
     monkeypatch.setattr(weights.build, "fill", lambda *_: pytest.fail("loading started"))

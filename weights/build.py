@@ -36,9 +36,9 @@ def load(model: str | Path | None = None, *, device: str = "auto", dtype: str = 
     pixels, not text.  Raises `UserError` for whatever is wrong with the checkpoint or does not fit the device.
     """
     folder = find_checkpoint(model)
-    llava = load_model(folder, device=device, dtype=dtype, progress=progress)
-    processor = Processor.from_folder(folder, llava.config) if (folder / "tokenizer.json").is_file() else None
-    return VLM(llava, processor)
+    # First what is small, so that a mistake in it is told before gigabytes are read.
+    processor = Processor.from_folder(folder, read_config(folder)) if (folder / "tokenizer.json").is_file() else None
+    return VLM(load_model(folder, device=device, dtype=dtype, progress=progress), processor)
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progress: bool = True) -> Llava:

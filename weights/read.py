@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -118,27 +119,21 @@ def fill(tensors: Iterable[tuple[StoredTensor, Tensor]], progress: Callable[[int
     """
     stage = bytearray(_STAGE)
     window, staged = memoryview(stage), torch.frombuffer(stage, dtype=torch.uint8)
-    path, file = None, None
-    try:
-        for stored, target in sorted(tensors, key=lambda pair: (pair[0].file, pair[0].start)):
-            if stored.file != path:
-                if file is not None:
-                    file.close()
-                path, file = stored.file, open(stored.file, "rb")
-            file.seek(stored.start)
-            source, flat = staged.view(DTYPES[stored.dtype]), target.view(-1)
-            for begin in range(0, flat.numel(), source.numel()):
-                piece = flat[begin : begin + source.numel()]
-                wanted = piece.numel() * source.element_size()
-                if file.readinto(window[:wanted]) != wanted:
-                    raise UserError(f"{path}: ended while {stored.name} was read")
-                piece.copy_(source[: piece.numel()])
-                progress(wanted)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    finally:
-        if file is not None:
-            file.close()
+    in_order = sorted(tensors, key=lambda pair: (pair[0].file, pair[0].start))
+    for path, pairs in groupby(in_order, key=lambda pair: pair[0].file):
+        try:
+            with open(path, "rb") as file:
+                for stored, target in pairs:
+                    file.seek(stored.start)
+                    source, flat = staged.view(DTYPES[stored.dtype]), target.view(-1)
+                    for piece in flat.split(source.numel()):
+                        wanted = piece.numel() * source.element_size()
+                        if file.readinto(window[:wanted]) != wanted:
+                            raise UserError(f"{path}: ended while {stored.name} was read")
+                        piece.copy_(source[: piece.numel()])
+                        progress(wanted)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
