@@ -11,6 +11,7 @@ import torch
 from parity import CASES, GOLDEN, load_reference, make_prompt, ours, reference, thin
 from safetensors.torch import load_file
 
+from minivlm.config import VLMConfig
 from weights import load_model
 
 
@@ -92,3 +93,31 @@ def test_a_folder_saved_by_transformers(tmp_path: Path, family, shard_size):
     assert model.config == load_model(tmp_path / "ours", device="cpu").config
     prompt = make_prompt(model.config, "one image")
     compare(ours(model, [prompt])[0], reference(saved, prompt))
+
+
+@pytest.mark.parametrize("text_type", ["llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["llava", "llava_next"])
+def test_what_a_sparse_config_leaves_out(model_type, text_type):
+    """Hub configs state little; the rest are the defaults of transformers' config classes."""
+    transformers = pytest.importorskip("transformers")
+    sparse = {
+        "model_type": model_type,
+        "text_config": {"model_type": text_type, "vocab_size": 32064},
+        "vision_config": {"model_type": "clip_vision_model"},
+    }
+    if model_type == "llava_next":  # the default pinpoints are multiples of 336, the default tile is not
+        sparse["vision_config"]["image_size"] = 336
+    theirs = transformers.AutoConfig.for_model(**sparse)
+    ours = VLMConfig.from_dict(sparse)
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert getattr(ours.text, field) == getattr(theirs.text_config, field), field
+    assert ours.text.rms_norm_eps == theirs.text_config.rms_norm_eps
+    assert ours.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
+    window = getattr(theirs.text_config, "sliding_window", None) or theirs.text_config.max_position_embeddings
+    assert ours.text.context_length == min(window, theirs.text_config.max_position_embeddings)
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_act"):
+        assert getattr(ours.vision, field) == getattr(theirs.vision_config, field), field
+    assert ours.vision.layer_norm_eps == theirs.vision_config.layer_norm_eps
+    assert ours.image_token_index == theirs.image_token_index and ours.select_strategy == theirs.vision_feature_select_strategy
+    assert ours.vision_feature_layers == (theirs.vision_config.num_hidden_layers + 1 + theirs.vision_feature_layer,)
+    assert [list(pair) for pair in ours.image_grid_pinpoints] == [list(p) for p in getattr(theirs, "image_grid_pinpoints", [])]
