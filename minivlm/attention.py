@@ -58,7 +58,7 @@ def rows(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     """
     heads, count, dim = q.shape
     groups = heads // len(k)
-    q = q.view(len(k), groups * count, dim).float() * dim**-0.5
+    q = q.reshape(len(k), groups * count, dim).float() * dim**-0.5
     weights = (q @ k.float().transpose(1, 2)).view(len(k), groups, count, -1)  # [H_kv, G, R, M]
     hidden = torch.arange(k.shape[1], device=k.device) >= visible[:, None]
     return weights.masked_fill_(hidden, -torch.inf).softmax(dim=-1).sum(dim=1)

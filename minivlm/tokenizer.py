@@ -83,17 +83,16 @@ class Streamer:
     def put(self, token_id: int) -> str:
         """The characters that this token completes, often one word, sometimes none."""
         self._window.append(int(token_id))
-        # Whether byte tokens form characters is settled only when a run of them is over.
-        if _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(int(token_id)) or ""):
+        # Whether byte tokens form characters is settled only when a run of them is over, and tokens that
+        # show nothing by themselves (special ones, a lone space) do not end it.
+        if _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(int(token_id)) or "") or not self._decode([int(token_id)]):
             return ""
         text = self._decode(self._window)
         if text.endswith("\ufffd"):  # a character cut in two looks like this
             return ""
         piece = text[len(self._told) :]
-        fresh = self._decode(self._window[self._read :])
-        if fresh:  # these tokens alone can anchor the next step; older ones are not needed any more
-            self._window, text = self._window[self._read :], fresh
-        self._told, self._read = text, len(self._window)
+        self._window = self._window[self._read :]  # the new tokens alone can anchor the next step
+        self._told, self._read = self._decode(self._window), len(self._window)
         return piece
 
     def end(self) -> str:
@@ -136,6 +135,7 @@ def _rebuilt(raw: dict, settings: Mapping) -> dict:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         **raw,
+        "added_tokens": [] if "added_tokens_decoder" in settings else raw["added_tokens"],
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
         "decoder": {"type": "Sequence", "decoders": decoders},
@@ -144,16 +144,31 @@ def _rebuilt(raw: dict, settings: Mapping) -> dict:
 
 
 def _tokens_to_add(settings: Mapping, tokenizer: Tokenizer) -> list[AddedToken]:
-    """Tokens of `added_tokens_decoder` in id order, then special ones that the tokenizer does not know yet."""
-    named = [settings.get(key) for key in (*_NAMED, *(k for k in settings if k.endswith("_token") and k not in _NAMED))]
+    """Tokens of `added_tokens_decoder` in id order, then those that the settings name and the tokenizer lacks.
+
+    A token that is named (`bos_token`, `pad_token`, ...) is a special one, whatever the entry says that adds it.
+    """
+    named = {}
+    for key in (*_NAMED, *(key for key in settings if key.endswith("_token") and key not in _NAMED)):
+        if _content(settings.get(key)) is not None:
+            named[_content(settings[key])] = settings[key]
+    entries = sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda entry: int(entry[0]))
+    tokens = [_added(token, token.get("special", False) or token["content"] in named) for _, token in entries]
+    mine = {token.content for token in tokens}
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if token.content in named and token.content not in mine and not token.special:
+            token.special = True
+            tokens.append(token)
+    known = mine | {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    special = [_content(token) for token in (*named, *(extra if isinstance(extra, list) else ()))]
-    tokens = []
-    for _, token in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        flags = {key: token[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in token}
-        tokens.append(AddedToken(token["content"], special=token.get("special", False) or token["content"] in special, **flags))
-    known = {token.content for token in (*tokens, *tokenizer.get_added_tokens_decoder().values())}
-    return tokens + [AddedToken(name, special=True) for name in dict.fromkeys(special) if name and name not in known]
+    missing = [*named.values(), *(extra if isinstance(extra, list) else ())]
+    return tokens + [_added(token, True) for token in missing if _content(token) not in known]
+
+
+def _added(token: object, special: bool) -> AddedToken:
+    flags = token if isinstance(token, Mapping) else {}
+    flags = {key: flags[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in flags}
+    return AddedToken(_content(token), special=special, **flags)
 
 
 def _content(token: object) -> str | None:

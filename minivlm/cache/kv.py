@@ -1,0 +1,279 @@
+"""The explicit KV cache: what is stored, what a decode step reads, what it evicts.
+
+The decoder runs against one of two passes over a cache: `cache.prefill(...)` for the tokens of a turn, and
+`cache.decode()` for one token per sequence.  Everything that depends on the step is a table made at prefill and
+indexed by tensors, so a step neither allocates nor waits for the device:
+
+- a step writes its token into the slot that the previous step's eviction freed, or into the next unused one,
+  attends, and only then chooses its own victim;
+- between refreshes a step reads the core, the system prefix and the text; a refresh reads all and re-chooses the core;
+- finished sequences write nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minivlm import attention
+from minivlm.cache.layer import Layer, bucket
+from minivlm.cache.policy import Policy
+from minivlm.cache.prefill import Prefill, Turn
+from minivlm.cache.ranking import LAST, order_key
+from minivlm.config import TextConfig
+from minivlm.errors import UserError
+
+
+@dataclass
+class Track:
+    """What the host knows of one sequence."""
+
+    sample: int  # its number, which seeds random policies
+    seen: int = 0  # tokens that have a position, the answer so far not counted
+    managed: list[int] = field(default_factory=list)  # positions of the tokens the budget is over, in order
+    vision: list[int] = field(default_factory=list)  # positions of all vision tokens
+    tail: list[int] = field(default_factory=lambda: [0])  # live tail entries once 0, 1, 2, ... tokens of the answer are stored
+
+
+class KVCache:
+    """Keys and values of a batch of sequences in every layer, under one policy.
+
+    `static` makes decode steps run on fixed shapes, for `torch.compile`; otherwise they slice what is live.
+    """
+
+    def __init__(self, config: TextConfig, policy: Policy, samples: Sequence[int] = (0,), *, device: torch.device | str = "cpu", static: bool = False) -> None:
+        self.config, self.policy, self.device, self.static = config, policy, torch.device(device), static
+        self.layers: list[Layer] = []
+        self.tables = torch.zeros(3, len(samples), 0, dtype=torch.int64, device=self.device)
+        self.fed = torch.zeros(len(samples), dtype=torch.int64, device=self.device)  # answer tokens stored in this turn
+        self.base = torch.zeros_like(self.fed)  # position of the answer's first token
+        self.active = torch.ones(len(samples), dtype=torch.bool, device=self.device)  # sequences not finished
+        self.reset(samples)
+
+    def reset(self, samples: Sequence[int]) -> None:
+        """Forget all entries; as many new sequences as before use the buffers again where they fit."""
+        self.tracks = [Track(sample) for sample in samples]
+        self.turns = 0
+        self.steps = 0  # decode steps of this turn
+        self.max_steps = 0  # for which there is room
+
+    # --- a turn --------------------------------------------------------------------------------------------------
+
+    def prefill(self, is_vision: Sequence[Tensor], max_new_tokens: int) -> Prefill:
+        """Begin a turn: the pass for its new tokens, with room for an answer of `max_new_tokens` >= 1.
+
+        is_vision holds one bool tensor [S_b] per sequence, on the CPU; the answer's last token is never stored, so in a
+        later turn it comes first.  Raises `UserError` where the new tokens leave the model's context.
+        """
+        stored = self.fed.tolist() if self.turns else [0] * len(self.tracks)
+        for track, mask, count in zip(self.tracks, is_vision, stored):
+            if len(mask) == 0 or mask[-1]:
+                raise UserError("a prompt has to end in text: the last row's attention is what policies score with")
+            if track.seen + count + len(mask) > self.config.context_length:
+                raise UserError(
+                    f"the sequence has {track.seen + count + len(mask)} tokens, the model's context only {self.config.context_length}"
+                )
+        starts = [track.seen + count for track, count in zip(self.tracks, stored)]
+        room = max(self.config.context_length - start - len(mask) for start, mask in zip(starts, is_vision))
+        self.max_steps = max(0, min(max_new_tokens - 1, room))
+        turns = [self._turn(track, mask, count) for track, mask, count in zip(self.tracks, is_vision, stored)]
+        self._make_tables()
+        self.steps = 0
+        self.turns += 1
+        return Prefill(self.policy, self.layers, turns, self.turns > 1, self.config.num_hidden_layers, self.device)
+
+    def _turn(self, track: Track, is_vision: Tensor, stored: int) -> Turn:
+        """Advance one sequence's bookkeeping by the stored answer and the turn's new tokens."""
+        whole = self.policy.budget is not None and self.policy.budget.over == "all"
+        past_tail = track.tail[stored]
+        track.managed += range(track.seen, track.seen + stored)
+        start = track.seen + stored
+        vision = is_vision.nonzero()[:, 0].tolist()
+        system = 0
+        if self.turns == 0 and not whole:
+            system = vision[0] if vision else min(1, len(is_vision))
+        new = is_vision.new_ones(len(is_vision)) if whole else ~is_vision
+        managed = [start + i for i in new.nonzero()[:, 0].tolist()[system:]]
+        track.managed += managed
+        track.vision += [start + i for i in vision]
+        track.seen = start + len(is_vision)
+        limit, recent = self._limits(len(track.managed))
+        track.tail = [min(past_tail + len(managed), limit)]
+        for step in range(1, self.max_steps + 1):
+            track.tail.append(min(track.tail[-1] + 1, self._limits(len(track.managed) + step)[0]))
+        return Turn(
+            sample=track.sample,
+            start=start,
+            is_vision=is_vision,
+            system=system,
+            past_tail=past_tail,
+            tail=track.tail[0],
+            recent_from=self._position(track, len(track.managed) - recent),
+            # A step's token is there before its victim goes.
+            capacity=max([track.tail[0]] + [before + 1 for before in track.tail[:-1]]),
+        )
+
+    def _limits(self, seen: int) -> tuple[int, int]:
+        return (seen, 0) if self.policy.budget is None else self.policy.budget.limits(seen)
+
+    def _position(self, track: Track, order: int) -> int:
+        """Original position of the order-th token the budget is over; the answer's tokens follow one another."""
+        order = max(order, 0)
+        return track.managed[order] if order < len(track.managed) else track.seen + order - len(track.managed)
+
+    def _make_tables(self) -> None:
+        """Per sequence and step, on the device: tail entries to attend to, whether one is evicted, what is protected."""
+        width = bucket(self.max_steps)
+        tables = torch.zeros(3, len(self.tracks), width, dtype=torch.int64)
+        for b, track in enumerate(self.tracks):
+            for step in range(self.max_steps):
+                seen = len(track.managed) + step + 1
+                evict = track.tail[step + 1] <= track.tail[step]
+                protected = self._position(track, seen - self._limits(seen)[1])
+                tables[:, b, step] = torch.tensor((track.tail[step] + 1, evict, protected))
+        if self.tables.shape != tables.shape:
+            self.tables = torch.empty_like(tables, device=self.device)
+        self.tables.copy_(tables)
+        self.base.copy_(torch.tensor([track.seen for track in self.tracks]))
+        self.fed.zero_()
+        self.active.fill_(True)
+
+    # --- decode --------------------------------------------------------------------------------------------------
+
+    def decode(self) -> Decode:
+        """The pass of the next step.  The caller runs the decoder with it, then calls `advance`."""
+        return Decode(self, self.kind)
+
+    @property
+    def kind(self) -> str:
+        """What the next step reads: "core", or everything kept: "refresh" if it re-chooses the cores, else "full"."""
+        interval = 0 if self.policy.vision is None else self.policy.vision.interval
+        if interval <= 0 or not any(track.vision for track in self.tracks):
+            return "full"
+        return "refresh" if (self.steps + 1) % interval == 0 else "core"
+
+    @property
+    def position(self) -> Tensor:
+        """Original position [B, 1] of the token that the next step feeds."""
+        return (self.base + self.fed)[:, None]
+
+    def advance(self, kind: str) -> None:
+        """Close a step that ran as `kind`: re-choose the cores where it was a refresh, and count."""
+        if kind == "refresh":
+            for layer in self.layers:
+                layer.reselect(self.active)
+        self.fed += self.active
+        self.steps += 1
+
+    # --- accounting ----------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: the layers' (see `Layer.nbytes`) and the step tables'."""
+        return sum(layer.nbytes for layer in self.layers) + self.tables.nbytes
+
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value in all key/value heads of one layer."""
+        layer = self.layers[0]
+        return 2 * self.config.num_key_value_heads * self.config.head_dim * layer.k.element_size()
+
+    def full_bytes(self) -> int:
+        """Bytes of the entries that the full cache would hold now."""
+        stored = self.fed.tolist()
+        tokens = sum(track.seen + count for track, count in zip(self.tracks, stored))
+        return tokens * len(self.layers) * self.entry_bytes()
+
+    def live_bytes(self) -> int:
+        """Bytes of the entries held now."""
+        return sum(sum(held.values()) for held in self.live_entries()) * self.entry_bytes() // self.config.num_key_value_heads
+
+    def live_entries(self) -> list[dict[str, int]]:
+        """Per layer, the entries held now, by class, summed over sequences and key/value heads."""
+        stored = self.fed.tolist()
+        counts = []
+        for layer in self.layers:
+            held = dict.fromkeys(("system", "vision core", "vision secondary", "text"), 0)
+            for b, track in enumerate(self.tracks):
+                row, heads = layer.rows[b], self.config.num_key_value_heads
+                tail = layer.position[b].gather(1, layer.live_slots(b, track.tail[stored[b]]))[:, row.fixed :]
+                vision = int(torch.isin(tail, tail.new_tensor(track.vision)).sum())  # only under a whole-cache budget
+                held["system"] += row.system * heads
+                held["vision core"] += row.core * heads + vision
+                held["vision secondary"] += row.secondary * heads
+                held["text"] += tail.numel() - vision
+            counts.append(held)
+        return counts
+
+    def live_positions(self, layer: int, b: int) -> Tensor:
+        """Original positions [H_kv, n] of row b's entries: secondary vision, core vision, system, tail."""
+        held = self.layers[layer]
+        return held.position[b].gather(1, held.live_slots(b, self.tracks[b].tail[int(self.fed[b])]))
+
+    def core_positions(self, layer: int, b: int) -> set[int]:
+        """Original positions of row b's core in a layer."""
+        held, row = self.layers[layer], self.layers[layer].rows[b]
+        start = held.tail - row.system - row.core
+        return set(held.position[b, 0, start : start + row.core].tolist())
+
+
+class Decode:
+    """One step's pass; to be handed to the decoder as its cache."""
+
+    def __init__(self, cache: KVCache, kind: str) -> None:
+        self.cache, self.kind = cache, kind
+
+    def survivors(self, layer: int) -> None:
+        return None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token per sequence: q [B, H, 1, D], k and v [B, H_kv, 1, D] -> [B, H, 1, D]."""
+        cache, held = self.cache, self.cache.layers[layer]
+        step = cache.fed[:, None]
+        used, evict, protected = (table.gather(1, step) for table in cache.tables)  # each [B, 1]
+        self._write(held, k, v)
+        first = held.core_window if self.kind == "core" else 0
+        keys, values = held.k[:, :, first:], held.v[:, :, first:]
+        want_row = cache.policy.budget is not None or self.kind == "refresh"
+        if cache.static:
+            slots = torch.arange(first, held.slots, device=q.device)
+            live = (slots >= (held.core_from if self.kind == "core" else held.first)) & (slots < held.tail + used)
+            out, row = attention.decode_static(q, keys, values, live, want_row)
+        else:
+            out, row = attention.decode_plain(q, keys, values, self._spans(held, first), want_row)
+        if self.kind == "refresh":
+            held.vision_row.copy_(row[:, :, : held.tail].sum(dim=1) / q.shape[1])
+        after = used.expand_as(held.next_slot)
+        if cache.policy.budget is not None:
+            after = torch.where(evict.bool(), self._victim(held, row[:, :, held.tail - first :], used, protected), after)
+        held.next_slot.copy_(torch.where(cache.active[:, None], held.tail + after, held.next_slot))
+        return out
+
+    def _spans(self, held: Layer, first: int) -> list[tuple[int, int]]:
+        """First and end of each row's live slots, counted from `first`."""
+        spans = []
+        for row, track in zip(held.rows, self.cache.tracks):
+            left = row.core + row.system if self.kind == "core" else row.fixed
+            spans.append((held.tail - left - first, held.tail + track.tail[self.cache.steps] + 1 - first))
+        return spans
+
+    def _write(self, held: Layer, k: Tensor, v: Tensor) -> None:
+        """Put the step's token where the last victim was; a finished row gets back what is there."""
+        slot, active = held.next_slot[..., None], self.cache.active[:, None, None]  # [B, H_kv, 1], [B, 1, 1]
+        position = self.cache.position[..., None].int().expand(slot.shape)
+        held.position.scatter_(2, slot, torch.where(active, position, held.position.gather(2, slot)))
+        slot = slot[..., None].expand(k.shape)
+        for buffer, new in ((held.k, k), (held.v, v)):
+            buffer.scatter_(2, slot, torch.where(active[..., None], new, buffer.gather(2, slot)))
+
+    def _victim(self, held: Layer, row: Tensor, used: Tensor, protected: Tensor) -> Tensor:
+        """Score the tail by this step's row [B, H_kv, tail slots]; the worst unprotected entry of each head [B, H_kv]."""
+        slots = torch.arange(row.shape[2], device=row.device)
+        live = (slots < used)[:, None]  # [B, 1, tail slots]
+        new = slots == held.next_slot[..., None] - held.tail
+        score = self.cache.policy.budget.score_step(held.score, row, live, new)
+        held.score.copy_(torch.where(live & self.cache.active[:, None, None], score, held.score))
+        position = held.position[:, :, held.tail :]
+        return torch.where(live & (position < protected[..., None]), order_key(score, position), LAST).argmin(dim=2)

@@ -1,0 +1,222 @@
+"""The prefill pass: attend, score, choose, compact, one layer at a time.
+
+Each layer's entries are chosen and moved into that layer's buffers before the next layer runs, so at its peak prefill
+holds the compact cache and the keys and values of one layer, never the full cache.  Later turns of a conversation
+come through here as well: their queries see everything kept and themselves causally, and only new vision tokens are
+up for choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minivlm import attention
+from minivlm.cache.layer import Layer, Row
+from minivlm.cache.policy import Policy, Prompt
+from minivlm.cache.ranking import LAST, best_first, order_key
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the host knows of one sequence's new tokens before any layer runs."""
+
+    sample: int
+    start: int  # position of the first new token
+    is_vision: Tensor  # bool [S_b], on the CPU
+    system: int  # tokens of the system prefix among them; 0 in a later turn
+    past_tail: int  # tail entries there from earlier turns
+    tail: int  # tail entries that stay
+    recent_from: int  # tail entries from this position on are protected
+    capacity: int  # tail entries that the answer can ever need at once
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(len(self.is_vision), int(self.is_vision.sum()))
+
+
+class Rows:
+    """The rows of one sequence's hidden states that are still computed, and which of them are vision."""
+
+    def __init__(self, index: Tensor, is_vision: Tensor) -> None:
+        self.index = index  # [S'], turn-relative
+        self.vision, self.other = is_vision.nonzero()[:, 0], (~is_vision).nonzero()[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass
+class Columns:
+    """All entries of one sequence in one layer before anything is evicted: earlier ones first, then the new."""
+
+    k: Tensor  # [H_kv, M, D]
+    v: Tensor  # [H_kv, M, D]
+    position: Tensor  # [H_kv, M]
+    score: Tensor | None  # [H_kv, past tail], what the token budget remembers
+    past: Row  # the earlier ones, by kind, in the order of the layout
+
+    @property
+    def before(self) -> int:
+        return self.past.fixed + self.past.tail
+
+
+class Prefill:
+    """One turn's pass; to be handed to the decoder as its cache.
+
+    `lengths` are the rows of each sequence that go on after the last layer; the last of them yields the logits.
+    """
+
+    def __init__(self, policy: Policy, layers: list[Layer], turns: Sequence[Turn], later: bool, num_layers: int, device: torch.device) -> None:
+        self.policy, self.layers, self.turns, self.later, self.num_layers = policy, layers, turns, later, num_layers
+        self.rows = [Rows(torch.arange(len(t.is_vision), device=device), t.is_vision.to(device)) for t in turns]
+        self.whole = policy.budget is not None and policy.budget.over == "all"
+        self._filter_scores: list[Tensor] = []
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(rows) for rows in self.rows]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the turn's tokens: q [B, H, S, D], k and v [B, H_kv, S, D] -> [B, H, S, D]; stores what stays."""
+        columns = [self._columns(layer, b, k[b, :, :n], v[b, :, :n]) for b, n in enumerate(self.lengths)]
+        if self.later:
+            out = torch.zeros_like(q)
+            for b, (c, n) in enumerate(zip(columns, self.lengths)):
+                out[b, :, :n] = attention.prefill_after(q[b : b + 1, :, :n], c.k[None], c.v[None])[0]
+        else:
+            out = attention.prefill(q, k, v)
+        plans = [self._plan(columns[b].past, turn, len(self.rows[b].vision)) for b, turn in enumerate(self.turns)]
+        store = self._allocate(layer, plans, k)
+        self._filter_scores = []
+        for b, c in enumerate(columns):
+            self._store(store, layer, b, c, q[b, :, : len(self.rows[b])])
+        return out
+
+    def survivors(self, layer: int) -> Tensor | None:
+        """The rows [B, S'] that go on after the filter's layer, right-padded with row 0; None after any other."""
+        chosen = self.policy.filter
+        if chosen is None or layer != chosen.layer - 1 or layer == self.num_layers - 1:
+            return None
+        kept = []
+        for b, (rows, turn) in enumerate(zip(self.rows, self.turns)):
+            best = best_first(self._filter_scores[b], rows.vision)[: chosen.keep(turn.prompt)]
+            index = torch.cat((rows.other, rows.vision[best])).sort().values
+            is_vision = torch.isin(index, rows.vision[best])
+            kept.append(index)
+            self.rows[b] = Rows(rows.index[index], is_vision)
+        return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
+
+    def _columns(self, layer: int, b: int, k: Tensor, v: Tensor) -> Columns:
+        position = (self.turns[b].start + self.rows[b].index).int().expand(len(k), -1)
+        if not self.later:
+            return Columns(k, v, position, None, Row(0, 0, 0, 0, 0))
+        held, tail = self.layers[layer], self.turns[b].past_tail
+        slots, heads = held.live_slots(b, tail), torch.arange(len(k), device=k.device)[:, None]
+        row = held.rows[b]
+        return Columns(
+            k=torch.cat((held.k[b][heads, slots], k), dim=1),
+            v=torch.cat((held.v[b][heads, slots], v), dim=1),
+            position=torch.cat((held.position[b][heads, slots], position), dim=1),
+            score=None if held.score is None else held.score[b][heads, slots[:, row.fixed :] - held.tail],
+            past=Row(row.secondary, row.core, row.system, tail, 0),
+        )
+
+    def _plan(self, past: Row, turn: Turn, vision: int) -> Row:
+        """What one sequence will hold in a layer that computed `vision` new vision rows."""
+        if self.whole:
+            return Row(0, 0, 0, turn.tail, turn.capacity)
+        kept, core = past.secondary + past.core + vision, past.secondary + past.core + vision
+        if self.policy.vision is not None:
+            new = min(self.policy.vision.keep(turn.prompt), vision)
+            kept = past.secondary + past.core + new
+            core = past.core + min(self.policy.vision.core(turn.prompt), new)
+        return Row(kept - core, core, past.system + turn.system, turn.tail, turn.capacity)
+
+    def _allocate(self, layer: int, plans: list[Row], like: Tensor) -> Layer:
+        scored = self.policy.budget is not None
+        if layer < len(self.layers) and self.layers[layer].fits(plans, scored):
+            self.layers[layer].arrange(plans)
+            return self.layers[layer]
+        if layer < len(self.layers):
+            del self.layers[layer]  # before the new one is made: never hold both
+        self.layers.insert(layer, Layer(plans, like.shape[1], like.shape[3], scored, like.dtype, like.device))
+        return self.layers[layer]
+
+    def _store(self, store: Layer, layer: int, b: int, c: Columns, q: Tensor) -> None:
+        """Choose one sequence's entries in one layer and write them where the layout wants them."""
+        plan, rows, past = store.rows[b], self.rows[b], c.past
+        filtering = self.policy.filter is not None and layer == self.policy.filter.layer - 1
+        attended = None
+        if (self.policy.vision is not None or filtering) and past.secondary + past.core + len(rows.vision):
+            attended = self._attended(c, q, len(rows.other) - self.turns[b].system)  # [M]
+        if filtering:
+            none = torch.zeros(0, device=q.device)
+            self._filter_scores.append(attended[c.before + rows.vision] if len(rows.vision) else none)
+        if self.whole:
+            fixed = rows.index[:0]
+            tail = torch.arange(c.before + len(rows), device=q.device)
+        else:
+            fixed = self._fixed(plan, c, rows, attended, layer, self.turns[b])
+            new_text = rows.other[self.turns[b].system :]
+            tail = torch.cat((torch.arange(past.fixed, c.before, device=q.device), c.before + new_text))
+        heads = torch.arange(len(c.k), device=q.device)[:, None]
+        tail, score = self._tail(c, rows, q, tail, self.turns[b])
+        index = torch.cat((fixed.expand(len(heads), -1), tail), dim=1)  # [H_kv, n]
+        window = slice(store.tail - plan.fixed, store.tail + plan.tail)
+        store.k[b, :, window] = c.k[heads, index]
+        store.v[b, :, window] = c.v[heads, index]
+        store.position[b, :, window] = c.position[heads, index]
+        if score is not None:
+            store.score[b, :, : plan.tail] = score
+
+    def _attended(self, c: Columns, q: Tensor, text: int) -> Tensor:
+        """Attention [M] of the last rows, averaged over all query heads and over the rows of the score window."""
+        n = q.shape[1]
+        window = max(min(self.policy.window, text), 1)
+        visible = torch.arange(c.before + n - window, c.before + n, device=q.device) + 1
+        return attention.rows(q[:, n - window :], c.k, visible).sum(dim=0).mean(dim=0) / len(q)
+
+    def _fixed(self, plan: Row, c: Columns, rows: Rows, attended: Tensor | None, layer: int, turn: Turn) -> Tensor:
+        """Columns of the secondary, core and system entries, in this order."""
+        past = c.past
+        system = torch.arange(past.secondary + past.core, past.fixed, device=c.k.device)
+        vision = torch.arange(past.secondary + past.core, device=c.k.device)
+        new = c.before + rows.vision
+        if attended is not None and self.policy.vision is not None:
+            candidates = torch.cat((vision, new))
+            scores = self.policy.vision.scores(attended[candidates], layer, turn.sample)
+            new = new[best_first(scores[len(vision) :], c.position[0, new])[: plan.secondary + plan.core - len(vision)]]
+            by_column = torch.zeros_like(attended).index_copy(0, candidates, scores)
+            vision = torch.cat((vision, new))
+            vision = vision[best_first(by_column[vision], c.position[0, vision])]
+            core, secondary = vision[: plan.core], vision[plan.core :]
+        else:
+            core, secondary = torch.cat((vision, new)), vision[:0]
+        return torch.cat((secondary, core, system, c.before + rows.other[: turn.system]))
+
+    def _tail(self, c: Columns, rows: Rows, q: Tensor, tail: Tensor, turn: Turn) -> tuple[Tensor, Tensor | None]:
+        """Columns [H_kv, n] of the tail entries that stay in each head, and their scores."""
+        budget, kv_heads = self.policy.budget, len(c.k)
+        if budget is None:
+            return tail.expand(kv_heads, -1), None
+        known = c.past.tail
+        score = budget.start(c.position[:, tail])
+        if c.score is not None:
+            score[:, :known] = c.score
+        if budget.prompt_rows != "none":
+            queries = tail[known:] - c.before if budget.prompt_rows == "over" else rows.index.new_tensor([q.shape[1] - 1])
+            own = torch.arange(known, known + len(queries), device=q.device)
+            for first in range(0, len(queries), attention.ROW_BLOCK):
+                block = queries[first : first + attention.ROW_BLOCK]
+                weights = attention.rows(q[:, block], c.k, c.before + block + 1)[:, :, tail]
+                score = budget.score_rows(score, weights, own[first : first + attention.ROW_BLOCK])
+        if turn.tail == len(tail):
+            return tail.expand(kv_heads, -1), score
+        position = c.position[:, tail]
+        key = torch.where(position < turn.recent_from, order_key(score, position), LAST)
+        keep = key.argsort(dim=1, descending=True)[:, : turn.tail].sort(dim=1).values  # [H_kv, n]
+        return tail[keep], score.gather(1, keep)
