@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from minivlm.errors import UserError
 from minivlm.images import load_image
@@ -139,7 +139,7 @@ def read_parquet(files: Sequence[Path], split: str) -> Dataset:
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if data is None:
                 raise UserError("no image")
-            return load_image(Image.open(io.BytesIO(data)))
+            return ImageOps.exif_transpose(load_image(Image.open(io.BytesIO(data))))
         except (UserError, OSError, pyarrow.ArrowException, Image.DecompressionBombError) as error:
             raise UserError(f"{file}: row {index - first} of row group {group}: {_line(error)}") from None
 
