@@ -152,12 +152,13 @@ class Processor:
         return self.tokenizer.encode(text, add_special_tokens=not doubled).ids
 
     def _continued(self, text: str) -> list[int]:
-        """Ids of a text in the middle of another: encoded behind a line break, which is then cut off."""
-        opening = self.tokenizer.encode("\n", add_special_tokens=False).ids
-        ids = self.tokenizer.encode("\n" + text, add_special_tokens=False).ids
-        if ids[: len(opening)] == opening:
-            return ids[len(opening) :]
-        return self.tokenizer.encode(text, add_special_tokens=False).ids  # the line break merged with the text
+        """Ids of a text in the middle of another: encoded behind a character that is then cut off again."""
+        for before in ("\n", "\0"):  # the second where a line break merges with the text
+            opening = self.tokenizer.encode(before, add_special_tokens=False).ids
+            ids = self.tokenizer.encode(before + text, add_special_tokens=False).ids
+            if ids[: len(opening)] == opening:
+                return ids[len(opening) :]
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _template_source(folder: Path, nested: Mapping) -> tuple[str | None, str]:
