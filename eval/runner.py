@@ -34,6 +34,10 @@ from .tasks import Task
 _AHEAD = 2  # batches whose images are decoded, or being decoded, while the model answers
 
 
+class NothingAnswered(UserError):
+    """Every sample of a task failed: the data are broken, or the settings do not fit them."""
+
+
 class Model(Protocol):
     """What the runner needs of a model; `minivlm.VLM` has it."""
 
@@ -76,8 +80,8 @@ class Run:
 def run(run: Run, root: Path, load: Callable[[], Model], processes: Processes = Processes()) -> tuple[Path, dict]:
     """Answers what is not answered yet -> (folder, content of its results.json; empty on ranks other than 0).
 
-    `load` is called only if something is left to ask. Raises `UserError` for a folder that cannot be used, and where
-    not one sample of a task could be answered.
+    `load` is called only if something is left to ask. Raises `UserError` for a folder that cannot be used, and
+    `NothingAnswered` where not one sample of a task could be answered.
     """
     folder = run.folder(root)
     rows = folder.open() if processes.rank == 0 else {}
@@ -99,7 +103,7 @@ def run(run: Run, root: Path, load: Callable[[], Model], processes: Processes = 
         found = [rows[task.name, sample.index] for sample in dataset.samples]
         answered[task.name] = found
         if all("error" in row for row in found):
-            raise UserError(f"task {task.name}: none of its {len(found)} samples could be answered; {found[0]['error']}")
+            raise NothingAnswered(f"task {task.name}: none of its {len(found)} samples could be answered; {found[0]['error']}")
         if task.submission:
             predictions = [{"questionId": row["id"], "answer": row.get("prediction", "")} for row in found]
             write_whole(folder.path / f"{task.name}_for_submission.json", predictions)

@@ -1,0 +1,123 @@
+"""`python -m eval compare A B …`: runs side by side, and each against the first, sample by sample.
+
+Two runs over the same questions are paired, so the difference of their means is judged by resampling questions
+(Efron's percentile bootstrap, 10,000 draws from a fixed seed), not by comparing two standard errors. How many answers
+differ at all is printed too: for 16-bit runs of two batch sizes that is the rate of flips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minivlm.errors import UserError
+
+from .command import Parser
+from .results import read_json, read_rows
+
+_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run as it lies on disk: its results.json, and its answered rows by (task, id)."""
+
+    name: str
+    results: dict
+    rows: dict[tuple[str, Any], dict]
+
+    @classmethod
+    def read(cls, path: Path) -> Finished:
+        """From a run's folder, its results.json, or an output folder that holds one run; raises `UserError`."""
+        found = [path] if path.name == "results.json" else [path / "results.json"]
+        if not found[0].is_file():
+            found = sorted(path.glob("*/results.json"))
+        if len(found) != 1:
+            held = f"{len(found)} runs; name one of them" if found else "no results.json"
+            raise UserError(f"{path}: {held} (expected the folder of a finished run)")
+        rows = {(row["task"], row["id"]): row for row in read_rows(found[0].with_name("samples.jsonl"))}
+        answered = {key: row for key, row in rows.items() if "error" not in row}
+        return cls(found[0].parent.name, read_json(found[0]), answered)
+
+
+def paired_bootstrap(differences: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """The interval that holds the mean of `differences` in `level` of the resamples. Raises ValueError for none."""
+    if not differences:
+        raise ValueError("no differences to resample")
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor(differences, dtype=torch.float64)
+    size = max(1, (1 << 20) // len(values))  # draws at once: a few megabytes of indices
+    means = [
+        values[torch.randint(len(values), (min(size, _DRAWS - start), len(values)), generator=generator)].mean(1)
+        for start in range(0, _DRAWS, size)
+    ]
+    tail = (1 - level) / 2
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def table(runs: Sequence[Finished]) -> str:
+    """A Markdown table for each task: metrics with standard errors, and the cost."""
+    lines = []
+    for task in dict.fromkeys(task for run in runs for task in run.results["cost"]):
+        there = [run for run in runs if task in run.results["cost"]]
+        numbers = [run.results["results"][task] for run in there]
+        metrics = list(dict.fromkeys(name for each in numbers for name in each if f"{name}_stderr" in each))
+        heads = [task, "n", "failed", *metrics, "KV MiB a page", "of full", "prefill ms", "decode ms/token"]
+        lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+        for run, each in zip(there, numbers):
+            spent = run.results["cost"][task]
+            scores = [f"{each[name]:.4f} ± {each[name + '_stderr']:.4f}" if name in each else "" for name in metrics]
+            cost = [f"{spent['kv_bytes_mean'] / 2**20:.3f}", f"{spent['kv_share']:.1%}", f"{spent['prefill_ms']:.1f}",
+                    f"{spent['decode_ms_per_token']:.2f}"] if spent else [""] * 4
+            lines.append(_row([run.name, each["n"], each["failed"], *scores, *cost]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def against(first: Finished, other: Finished) -> str:
+    """What differs in the settings, and per task and metric the difference, its interval, and who won how often."""
+    settings = ", ".join(_changes(first.results["settings"], other.results["settings"])) or "the same settings"
+    lines = [f"{other.name} against {first.name} ({settings}):"]
+    shared = [(first.rows[key], other.rows[key]) for key in first.rows if key in other.rows]
+    for task in dict.fromkeys(a["task"] for a, _ in shared):
+        pairs = [(a, b) for a, b in shared if a["task"] == task]
+        flips = sum(a["prediction"] != b["prediction"] for a, b in pairs)
+        lines.append(f"  {task}: {len(pairs)} samples in both, {flips} answers differ ({flips / len(pairs):.1%})")
+        for metric in pairs[0][0].get("scores", ()):
+            scored = [(a["scores"][metric], b["scores"][metric]) for a, b in pairs
+                      if metric in a.get("scores", ()) and metric in b.get("scores", ())]
+            if not scored:
+                continue
+            differences = [b - a for a, b in scored]
+            low, high = paired_bootstrap(differences)
+            wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+            lines.append(f"    {metric} {sum(differences) / len(scored):+.4f}, 95 % interval {low:+.4f} … {high:+.4f}; "
+                         f"better on {wins}, worse on {losses}, equal on {len(scored) - wins - losses}")
+    if not shared:
+        lines.append("  no sample in both")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the table, then every run against the first."""
+    parser = Parser("python -m eval compare", description="Puts finished runs side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its results.json")
+    runs = [Finished.read(path) for path in parser.parse_args(arguments).runs]
+    print("\n".join([table(runs), *(against(runs[0], other) for other in runs[1:])]))
+
+
+def _changes(first: Any, other: Any, name: str = "") -> list[str]:
+    """Every setting in which two runs differ, as "name: old → new"."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        keys = dict.fromkeys((*first, *other))
+        return [change for key in keys for change in _changes(first.get(key), other.get(key), key)]
+    return [] if first == other else [f"{name}: {first} → {other}"]
+
+
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
