@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from jinja2 import nodes
+from jinja2 import Undefined, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -135,7 +135,7 @@ class ChatTemplate:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with the helpers of Hugging Face, and with the usual ways to exhaust memory closed."""
+    """Jinja's sandbox with the helpers of Hugging Face, a limited number of steps, and bounded products."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -149,6 +149,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.steps_left -= 1
         if self.steps_left < 0:
             raise SecurityError(f"it takes more than {_MAX_STEPS} steps")
+
+    def unsafe_undefined(self, obj: object, attribute: str) -> Undefined:
+        # Jinja's own renders as nothing and fails only when it is used: here the attempt is enough.
+        raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
 
     def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
         if operator == "**":
@@ -218,7 +222,7 @@ def _checked(message: Mapping) -> dict:
         if kind == "image":
             plain.append({"type": "image"})
         elif kind == "text" and isinstance(part.get("text"), str):
-            plain.append({"type": "text", "text": part["text"]})
+            plain.append({"type": "text", "text": str(part["text"])})
         else:
             raise UserError(f"a message's part must be {{'type': 'image'}} or {{'type': 'text', 'text': ...}}, got {part!r}")
-    return {"role": message["role"], "content": plain}
+    return {"role": str(message["role"]), "content": plain}

@@ -67,7 +67,7 @@ class Player:
     def step(self, tokens: Sequence[int]) -> None:
         if self.poison:
             self._poison()
-        run = self.cache.decode()
+        run = self.cache.decode(self.cache.kind)
         hidden = self.model(self.model.language_model.embed_tokens(torch.tensor(tokens)[:, None]), self.cache.position, run)
         self.cache.advance(run.kind)
         self._record(hidden[:, 0], chose=run.kind == "refresh")
@@ -80,7 +80,7 @@ class Player:
             [[[set(h) for h in self.cache.live_positions(i, b).tolist()] for i in layers] for b in range(batch)]
         )
         if chose and self.cache.policy.vision is not None:
-            self.cores.append((len(self.logits) - 1, [[self.cache.core_positions(i, b) for i in layers] for b in range(batch)]))
+            self.cores.append((len(self.logits) - 1, [[set(self.cache.core_positions(i, b).tolist()) for i in layers] for b in range(batch)]))
 
     def _poison(self) -> None:
         """NaN into every slot that is not live."""

@@ -26,6 +26,8 @@ from minivlm.cache.ranking import LAST, order_key
 from minivlm.config import TextConfig
 from minivlm.errors import UserError
 
+CLASSES = ("system", "vision core", "vision secondary", "text")
+
 
 @dataclass
 class Track:
@@ -57,8 +59,13 @@ class KVCache:
         """Forget all entries; as many new sequences as before use the buffers again where they fit."""
         self.tracks = [Track(sample) for sample in samples]
         self.turns = 0
-        self.steps = 0  # decode steps of this turn
+        self.kinds: list[str] = []  # what each decode step of this turn read
         self.max_steps = 0  # for which there is room
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the token budget is over all entries, vision and text alike."""
+        return self.policy.budget is not None and self.policy.budget.over == "all"
 
     # --- a turn --------------------------------------------------------------------------------------------------
 
@@ -81,21 +88,20 @@ class KVCache:
         self.max_steps = max(0, min(max_new_tokens - 1, room))
         turns = [self._turn(track, mask, count) for track, mask, count in zip(self.tracks, is_vision, stored)]
         self._make_tables()
-        self.steps = 0
+        self.kinds = []
         self.turns += 1
         return Prefill(self.policy, self.layers, turns, self.turns > 1, self.config.num_hidden_layers, self.device)
 
     def _turn(self, track: Track, is_vision: Tensor, stored: int) -> Turn:
         """Advance one sequence's bookkeeping by the stored answer and the turn's new tokens."""
-        whole = self.policy.budget is not None and self.policy.budget.over == "all"
         past_tail = track.tail[stored]
         track.managed += range(track.seen, track.seen + stored)
         start = track.seen + stored
         vision = is_vision.nonzero()[:, 0].tolist()
         system = 0
-        if self.turns == 0 and not whole:
+        if self.turns == 0 and not self._whole:
             system = vision[0] if vision else min(1, len(is_vision))
-        new = is_vision.new_ones(len(is_vision)) if whole else ~is_vision
+        new = is_vision.new_ones(len(is_vision)) if self._whole else ~is_vision
         managed = [start + i for i in new.nonzero()[:, 0].tolist()[system:]]
         track.managed += managed
         track.vision += [start + i for i in vision]
@@ -143,9 +149,14 @@ class KVCache:
 
     # --- decode --------------------------------------------------------------------------------------------------
 
-    def decode(self) -> Decode:
-        """The pass of the next step.  The caller runs the decoder with it, then calls `advance`."""
-        return Decode(self, self.kind)
+    def decode(self, kind: str) -> Decode:
+        """The pass of a step of this `kind`.  The caller runs the decoder with it, then calls `advance`."""
+        return Decode(self, kind)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps of this turn."""
+        return len(self.kinds)
 
     @property
     def kind(self) -> str:
@@ -166,7 +177,7 @@ class KVCache:
             for layer in self.layers:
                 layer.reselect(self.active)
         self.fed += self.active
-        self.steps += 1
+        self.kinds.append(kind)
 
     # --- accounting ----------------------------------------------------------------------------------------------
 
@@ -192,31 +203,52 @@ class KVCache:
 
     def live_entries(self) -> list[dict[str, int]]:
         """Per layer, the entries held now, by class, summed over sequences and key/value heads."""
-        stored = self.fed.tolist()
+        stored, heads = self.fed.tolist(), self.config.num_key_value_heads
         counts = []
-        for layer in self.layers:
-            held = dict.fromkeys(("system", "vision core", "vision secondary", "text"), 0)
-            for b, track in enumerate(self.tracks):
-                row, heads = layer.rows[b], self.config.num_key_value_heads
-                tail = layer.position[b].gather(1, layer.live_slots(b, track.tail[stored[b]]))[:, row.fixed :]
-                vision = int(torch.isin(tail, tail.new_tensor(track.vision)).sum())  # only under a whole-cache budget
+        for i, layer in enumerate(self.layers):
+            held = dict.fromkeys(CLASSES, 0)
+            for b, (track, row) in enumerate(zip(self.tracks, layer.rows)):
+                tail, vision = track.tail[stored[b]] * heads, 0
+                if self._whole:
+                    positions = self.live_positions(i, b)
+                    vision = int(torch.isin(positions, positions.new_tensor(track.vision)).sum())
                 held["system"] += row.system * heads
                 held["vision core"] += row.core * heads + vision
                 held["vision secondary"] += row.secondary * heads
-                held["text"] += tail.numel() - vision
+                held["text"] += tail - vision
             counts.append(held)
         return counts
+
+    def entries_read(self) -> dict[str, float]:
+        """Entries that a decode step of this turn read on average, by class, per sequence, layer and head.
+
+        A whole-cache budget keeps no classes apart: then all count as "all".
+        """
+        read = dict.fromkeys(CLASSES if not self._whole else ("all",), 0)
+        stored = self.fed.tolist()
+        for b, (track, steps) in enumerate(zip(self.tracks, stored)):
+            wide = sum(kind != "core" for kind in self.kinds[:steps])
+            tail = sum(track.tail[:steps]) + steps
+            for row in (layer.rows[b] for layer in self.layers):
+                if self._whole:
+                    read["all"] += tail
+                    continue
+                read["system"] += row.system * steps
+                read["vision core"] += row.core * steps
+                read["vision secondary"] += row.secondary * wide
+                read["text"] += tail
+        return {name: count / max(sum(stored) * len(self.layers), 1) for name, count in read.items()}
 
     def live_positions(self, layer: int, b: int) -> Tensor:
         """Original positions [H_kv, n] of row b's entries: secondary vision, core vision, system, tail."""
         held = self.layers[layer]
         return held.position[b].gather(1, held.live_slots(b, self.tracks[b].tail[int(self.fed[b])]))
 
-    def core_positions(self, layer: int, b: int) -> set[int]:
-        """Original positions of row b's core in a layer."""
+    def core_positions(self, layer: int, b: int) -> Tensor:
+        """Original positions [C] of row b's core in a layer."""
         held, row = self.layers[layer], self.layers[layer].rows[b]
         start = held.tail - row.system - row.core
-        return set(held.position[b, 0, start : start + row.core].tolist())
+        return held.position[b, 0, start : start + row.core].cpu()
 
 
 class Decode:

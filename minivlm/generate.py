@@ -1,0 +1,150 @@
+"""From a prompt to tokens: prefill, the decode loop, sampling.
+
+A `Generation` is one turn of a batch: created, it has prefilled; iterated, it yields the tokens of one step after
+another, and on a GPU the host reads a token while the next step already runs.  It never sees text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minivlm.cache.kv import CLASSES, KVCache
+from minivlm.cache.record import Observer
+from minivlm.errors import UserError
+from minivlm.llava import Llava
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy.  Raises `UserError` for values out of range."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens} (expected at least 1)")
+        if not self.temperature >= 0:
+            raise UserError(f"temperature is {self.temperature} (expected 0 or more)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p} (expected a share above 0, up to 1)")
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token id per row of logits [B, V]; each row draws from its own generator, without waiting for the device."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(dim=-1) - ordered >= sampling.top_p] = 0  # the token that crosses top_p stays
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
+    # argmax(p / e) with e exponentially distributed draws from p.
+    noise = torch.stack([torch.empty_like(p).exponential_(generator=g) for p, g in zip(probabilities, generators)])
+    return (probabilities / noise).argmax(dim=-1)
+
+
+def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
+    """Feed one token [B] per sequence and return the next logits [B, V]; to be compiled once per `kind` of step.
+
+    A sequence that is at its end, by one of the `stop` ids or by the model's context, stores nothing any more.
+    """
+    position = cache.position
+    cache.active.logical_and_(~torch.isin(token, stop) & (position[:, 0] < cache.config.context_length))
+    hidden = model(model.language_model.embed_tokens(token[:, None]), position, cache.decode(kind))
+    return model.lm_head(hidden[:, 0])
+
+
+class Generation:
+    """One turn: `input_ids` are the new tokens [S_b] of each sequence, `features` those of all their images, in order.
+
+    The prefill's time counts from `started` (`time.perf_counter`), for work done on the images before.  Raises `UserError` if the new tokens do not fit the model's context.
+    """
+
+    def __init__(
+        self,
+        model: Llava,
+        cache: KVCache,
+        input_ids: Sequence[Tensor],
+        features: Sequence[Tensor],
+        sampling: Sampling,
+        observer: Observer | None = None,
+        started: float | None = None,
+    ) -> None:
+        self.model, self.cache, self.sampling, self.observer = model, cache, sampling, observer
+        device = model.lm_head.weight.device
+        self.tokens: list[list[int]] = [[] for _ in input_ids]  # per sequence, an end-of-sequence id included
+        self.finish = ["length"] * len(input_ids)
+        self.decode_s = 0.0
+        stop = () if sampling.ignore_eos else model.config.eos_token_ids
+        self._stop = torch.tensor(stop, dtype=torch.int64, device=device)
+        self._generators = [
+            torch.Generator(device).manual_seed(sampling.seed * 1_000_003 + track.sample) for track in cache.tracks
+        ]
+        started = time.perf_counter() if started is None else started
+        self._first = choose(self._prefill(input_ids, features, device), sampling, self._generators)
+        self._first.tolist()  # waits for the device
+        self.prefill_s = time.perf_counter() - started
+        self.prompt_tokens = sum(len(ids) for ids in input_ids)
+        self.vision_tokens = sum(len(rows) for rows in features)
+        self.live_bytes, self.full_bytes = cache.live_bytes(), cache.full_bytes()
+        by_layer = cache.live_entries()
+        self.live_entries = {name: sum(held[name] for held in by_layer) for name in CLASSES}
+
+    @torch.no_grad()
+    def _prefill(self, input_ids: Sequence[Tensor], features: Sequence[Tensor], device: torch.device) -> Tensor:
+        image_token = self.model.config.image_token_index
+        run = self.cache.prefill([ids == image_token for ids in input_ids], self.sampling.max_new_tokens)
+        positions = pad_sequence([torch.arange(len(turn.is_vision)) + turn.start for turn in run.turns], batch_first=True)
+        ids = pad_sequence(list(input_ids), batch_first=True)
+        hidden = self.model(self.model.embed(ids.to(device), features), positions.to(device), run)
+        if self.observer is not None:
+            self.observer.prefilled(self.cache, run)
+        rows = torch.tensor(run.lengths, device=device) - 1
+        return self.model.lm_head(hidden[torch.arange(len(rows), device=device), rows])
+
+    def _step(self, token: Tensor) -> Tensor:
+        kind = self.cache.kind
+        logits = decode_step(self.model, self.cache, kind, token, self._stop)
+        self.cache.advance(kind)
+        if self.observer is not None:
+            self.observer.stepped(self.cache, kind)
+        return choose(logits, self.sampling, self._generators)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[list[int | None]]:
+        """Yields each step's token per sequence, None for one that has finished."""
+        token, ahead = self._first, self._first.is_cuda
+        room = [self.cache.config.context_length - track.seen + 1 for track in self.cache.tracks]
+        finished = [False] * len(room)
+        for step in range(self.sampling.max_new_tokens):
+            started = time.perf_counter()
+            # On a GPU the next step is under way before the host reads this one's token; on a CPU that would only delay it.
+            following = self._step(token) if ahead and self.cache.steps < self.cache.max_steps else None
+            new: list[int | None] = [None if over else value for over, value in zip(finished, token.tolist())]
+            for b, value in enumerate(new):
+                if value is not None:
+                    self.tokens[b].append(value)
+                    stopped = not self.sampling.ignore_eos and value in self.model.config.eos_token_ids
+                    self.finish[b] = "stop" if stopped else "length"
+                    finished[b] = stopped or step + 1 >= room[b]
+            self.decode_s += time.perf_counter() - started
+            yield new
+            if all(finished) or step + 1 == self.sampling.max_new_tokens:
+                return
+            started = time.perf_counter()
+            token = self._step(token) if following is None else following
+            self.decode_s += time.perf_counter() - started
+
+    def unfed(self, b: int) -> list[int]:
+        """The generated tokens that the cache does not hold: the last one, or none after an interruption."""
+        return self.tokens[b][int(self.cache.fed[b]) :]

@@ -1,0 +1,240 @@
+"""A loaded checkpoint that answers: questions about images in, text and statistics out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minivlm.cache.kv import KVCache
+from minivlm.cache.record import Observer
+from minivlm.cache.settings import CacheSettings
+from minivlm.errors import UserError
+from minivlm.generate import Generation, Sampling
+from minivlm.images import load_image
+from minivlm.llava import Llava
+from minivlm.processor import ModelInputs, Processor
+
+ImageSource = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question, not yet rendered, about images; `<image>` in the prompt says where they stand, else they come first."""
+
+    prompt: str
+    images: Sequence[ImageSource] = ()
+    sample: int = 0  # its number: with the seed it decides all that is random about it
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a turn of a batch took; times and bytes are the whole batch's."""
+
+    prefill_s: float  # images, vision tower, decoder and the first token
+    decode_s: float
+    decode_steps: int
+    prompt_tokens: int  # of this turn, image tokens included
+    vision_tokens: int
+    new_tokens: int
+    decoded_tokens: int  # new tokens that came from decode steps
+    live_bytes: int  # KV entries held after prefill
+    full_bytes: int  # what the full cache would hold then
+    nbytes: int  # allocated for the cache: entries, room for the answer, bookkeeping
+    live_entries: dict[str, int]  # after prefill by class, summed over sequences, layers and key/value heads
+    entries_read_per_step: dict[str, float]  # by class, mean over steps, sequences and layers, per head
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all sequences per second of decoding; each one's first token comes from prefill and does not count."""
+        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    token_ids: list[int]  # an end-of-sequence id included
+    finish: str  # "stop", or "length": max_new_tokens or the end of the context
+    stats: Stats
+
+
+class VLM:
+    """A model and, unless its folder has no tokenizer, the processor that feeds it."""
+
+    def __init__(self, model: Llava, processor: Processor | None = None) -> None:
+        self.model, self._processor = model, processor
+        self.config = model.config
+        self._spare: KVCache | None = None  # the last batch's buffers, for the next of the same kind
+
+    @property
+    def processor(self) -> Processor:
+        if self._processor is None:
+            raise UserError("this checkpoint has no tokenizer.json, so it cannot read a prompt")
+        return self._processor
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
+
+    def ask(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        sampling: Sampling = Sampling(),
+        settings: CacheSettings = CacheSettings(),
+    ) -> Answer:
+        """Answer one question.  Raises `UserError` for bad images, prompts and settings."""
+        return self.ask_batch([Request(prompt, images)], sampling=sampling, settings=settings)[0]
+
+    def ask_batch(
+        self, requests: Sequence[Request], *, sampling: Sampling = Sampling(), settings: CacheSettings = CacheSettings()
+    ) -> list[Answer]:
+        """Answer several questions at once; in float32 each gets the answer it would get alone."""
+        generation = self._start(requests, sampling, settings)
+        for _ in generation:
+            pass
+        self._spare = generation.cache
+        stats = stats_of(generation)
+        return [
+            Answer(self.processor.decode(tokens), tokens, finish, stats)
+            for tokens, finish in zip(generation.tokens, generation.finish)
+        ]
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        sampling: Sampling = Sampling(),
+        settings: CacheSettings = CacheSettings(),
+        observer: Observer | None = None,
+    ) -> Stream:
+        """Answer piece by piece: iterate over the text, then read `.answer`."""
+        return Stream(self.processor, self._start([Request(prompt, images)], sampling, settings, observer))
+
+    def chat(self, *, sampling: Sampling = Sampling(), settings: CacheSettings = CacheSettings()) -> Conversation:
+        """A conversation that keeps its cache between turns."""
+        return Conversation(self, sampling, settings)
+
+    def _start(
+        self, requests: Sequence[Request], sampling: Sampling, settings: CacheSettings, observer: Observer | None = None
+    ) -> Generation:
+        if not requests:
+            raise UserError("there is nothing to answer: the batch has no requests")
+        images = [[load_image(source) for source in request.images] for request in requests]
+        prompts = [self.processor.question(request.prompt, len(group)) for request, group in zip(requests, images)]
+        cache = self.new_cache(settings, [request.sample for request in requests])
+        return self.generate(self.processor(prompts, images), cache, sampling, observer)
+
+    def new_cache(self, settings: CacheSettings, samples: Sequence[int] = (0,)) -> KVCache:
+        """An empty cache for a batch, in the last batch's buffers where they are free and of the same kind."""
+        policy = settings.build(self.config.text.num_hidden_layers)
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.policy == policy and len(spare.tracks) == len(samples):
+            spare.reset(samples)
+            return spare
+        return KVCache(self.config.text, policy, samples, device=self.device)
+
+    @torch.no_grad()
+    def generate(self, inputs: ModelInputs, cache: KVCache, sampling: Sampling, observer: Observer | None = None) -> Generation:
+        """Prefill a batch of model inputs into `cache` as its next turn; iterate over the result for the tokens."""
+        started = time.perf_counter()
+        features = []
+        if inputs.pixel_values is not None:
+            features = self.model.image_features(inputs.pixel_values.to(self.device), inputs.image_sizes)
+        rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths.tolist())]
+        return Generation(self.model, cache, rows, features, sampling, observer, started)
+
+
+class Stream:
+    """The answer to one question: iterate over its text once, then read `.answer`.
+
+    Stopping early leaves the answer as far as it came.
+    """
+
+    def __init__(self, processor: Processor, generation: Generation) -> None:
+        self.processor, self.generation = processor, generation
+
+    def __iter__(self) -> Iterator[str]:
+        streamer = self.processor.streamer()
+        for (token,) in self.generation:
+            if piece := streamer.put(token):
+                yield piece
+        if piece := streamer.end():
+            yield piece
+
+    @property
+    def answer(self) -> Answer:
+        tokens = self.generation.tokens[0]
+        return Answer(self.processor.decode(tokens), tokens, self.generation.finish[0], stats_of(self.generation))
+
+
+class Conversation:
+    """Turns about the same images, in one cache: what was said is neither computed nor tokenised again."""
+
+    def __init__(self, vlm: VLM, sampling: Sampling, settings: CacheSettings) -> None:
+        self.vlm, self.sampling = vlm, sampling
+        self.cache = vlm.new_cache(settings)
+        self.messages: list[dict] = []
+        self._last: Generation | None = None
+
+    def ask(self, prompt: str, images: Sequence[ImageSource] = ()) -> Stream:
+        """The answer to the next turn, as a stream; iterate over it before the next `ask`.
+
+        Raises `UserError` if the turn leaves the model's context, and for bad images; the conversation can go on.
+        """
+        processor = self.vlm.processor
+        loaded = [load_image(source) for source in images]
+        message = processor.user_message(prompt, len(loaded))
+        if self._last is None:
+            inputs = processor([processor.render([message])], [loaded])
+        else:
+            self._close_turn()
+            inputs = processor([processor.next_turn(self.messages, message)], [loaded], continues=True)
+            inputs = _behind(inputs, self._last.unfed(0))
+        self._last = self.vlm.generate(inputs, self.cache, self.sampling)
+        self.messages = [*self.messages, message]
+        return Stream(processor, self._last)
+
+    def _close_turn(self) -> None:
+        """Note the last answer, as far as it was read."""
+        if self.messages[-1]["role"] == "user":
+            text = self.vlm.processor.decode(self._last.tokens[0])
+            self.messages = [*self.messages, {"role": "assistant", "content": text}]
+
+
+def _behind(inputs: ModelInputs, unfed: list[int]) -> ModelInputs:
+    """A turn's inputs with the last answer's unfed token in front, unless the template's end of a turn begins with it."""
+    if not unfed or inputs.input_ids[0, :1].tolist() == unfed:
+        return inputs
+    ids = torch.cat((torch.tensor([unfed]), inputs.input_ids), dim=1)
+    return replace(inputs, input_ids=ids, lengths=inputs.lengths + len(unfed))
+
+
+def stats_of(generation: Generation) -> Stats:
+    """What a finished turn took."""
+    new = sum(len(tokens) for tokens in generation.tokens)
+    return Stats(
+        prefill_s=generation.prefill_s,
+        decode_s=generation.decode_s,
+        decode_steps=generation.cache.steps,
+        prompt_tokens=generation.prompt_tokens,
+        vision_tokens=generation.vision_tokens,
+        new_tokens=new,
+        decoded_tokens=new - len(generation.tokens),
+        live_bytes=generation.live_bytes,
+        full_bytes=generation.full_bytes,
+        nbytes=generation.cache.nbytes,
+        live_entries=generation.live_entries,
+        entries_read_per_step=generation.cache.entries_read(),
+    )
