@@ -16,17 +16,17 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from minivlm import anyres
+from minivlm import VLM, CacheSettings, Sampling, anyres
 from minivlm.config import VLMConfig
 from minivlm.llava import Llava
+from minivlm.processor import ModelInputs
 
 GOLDEN = Path(__file__).parent / "golden" / "parity"
 STEPS = 32
 # name -> sizes (height, width) of the images; their best resolutions, tile counts and unpadding all differ
 CASES = {"one image": [(30, 100)], "two images": [(100, 57), (56, 56)], "text": []}
-_FAR = 1 << 30  # position of padding: behind everything, so that no real token sees it
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,6 @@ def make_prompt(config: VLMConfig, case: str) -> Prompt:
     return Prompt(torch.cat(parts), pixels if sizes else None, sizes)
 
 
-class ConcatCache:
-    """The plainest cache there is: everything, concatenated, masked by position."""
-
-    def __init__(self, layers: int) -> None:
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = [()] * layers
-        self.positions = torch.empty(0)  # [B, S] of the rows about to be fed
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        new = (k, v, self.positions)
-        self.kept[layer] = tuple(torch.cat(pair, dim=-2 if pair[0].dim() == 4 else -1) for pair in zip(self.kept[layer], new)) or new
-        k, v, columns = self.kept[layer]
-        visible = columns[:, None, None] <= self.positions[:, None, :, None]  # [B, 1, S, columns]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
-
-    def survivors(self, layer: int) -> None:
-        return None
-
-
 @torch.inference_mode()
 def ours(model: Llava, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
     """One dict per prompt, the prompts run as one ragged, right-padded batch."""
@@ -86,25 +68,34 @@ def ours(model: Llava, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
             result["projector"] = model.multi_modal_projector(result["tower"])
             result["packed"] = torch.cat(model.image_features(prompt.pixels, prompt.sizes))
         results.append(result)
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
-    ids = torch.nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True)
-    features = [result["packed"] for result in results if "packed" in result]
-    embeds = model.embed(ids, features)
-    steps = torch.arange(ids.shape[1]).expand_as(ids)
-    cache = ConcatCache(model.config.text.num_hidden_layers)
-    cache.positions = steps.masked_fill(steps >= lengths[:, None], _FAR)
-    logits = model.lm_head(model(embeds, steps, cache))  # [B, S, V]
-    for result, row, length in zip(results, logits, lengths):
-        result["logits"] = row[:length]
-    token = logits[torch.arange(len(prompts)), lengths - 1].argmax(-1)
-    tokens = [token]
-    for step in range(STEPS - 1):
-        cache.positions = (lengths + step)[:, None]
-        token = model.lm_head(model(model.language_model.embed_tokens(token[:, None]), cache.positions, cache))[:, -1].argmax(-1)
-        tokens.append(token)
-    for result, row in zip(results, torch.stack(tokens, dim=1)):
+    vlm, inputs, samples = VLM(model), batch(prompts), range(len(prompts))
+    for result, row in zip(results, prompt_logits(vlm, inputs, [result["packed"] for result in results if result])):
+        result["logits"] = row
+    sampling = Sampling(max_new_tokens=STEPS, ignore_eos=True)
+    steps = list(vlm.generate(inputs, vlm.new_cache(CacheSettings(), samples), sampling))
+    for result, row in zip(results, torch.tensor(steps).T):
         result["tokens"] = row
     return results
+
+
+def batch(prompts: Sequence[Prompt]) -> ModelInputs:
+    """As the processor lays out a batch: ids padded at the right, images with zero tiles."""
+    pixels = [image for prompt in prompts if prompt.pixels is not None for image in prompt.pixels]
+    return ModelInputs(
+        input_ids=pad_sequence([prompt.ids for prompt in prompts], batch_first=True),
+        lengths=torch.tensor([len(prompt.ids) for prompt in prompts]),
+        pixel_values=pad_sequence(pixels, batch_first=True) if pixels else None,
+        image_sizes=[size for prompt in prompts for size in prompt.sizes],
+    )
+
+
+def prompt_logits(vlm: VLM, inputs: ModelInputs, features: Sequence[Tensor]) -> list[Tensor]:
+    """Logits [S, V] of every position of each prompt, prefilled into a full cache."""
+    rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths)]
+    run = vlm.new_cache(CacheSettings(), range(len(rows))).prefill([ids == vlm.config.image_token_index for ids in rows], 1)
+    positions = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
+    hidden = vlm.model(vlm.model.embed(inputs.input_ids, features), positions, run)
+    return [vlm.model.lm_head(row[: len(ids)]) for row, ids in zip(hidden, rows)]
 
 
 def load_reference(folder: Path):

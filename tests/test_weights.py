@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import weights.build
 import weights.read
-from minivlm.errors import UserError
+from minivlm import Sampling, UserError
 from weights import find_checkpoint, load, load_model
 
 ROOT = Path(__file__).parents[1]
@@ -128,8 +128,10 @@ def test_tower_layers_that_nobody_reads_may_be_absent(single):
 
 
 def test_without_a_tokenizer_there_is_no_processor(tmp_path):
-    assert load(tiny.write(tmp_path / "model", tokenizer=False), device="cpu").processor is None
-    assert load(tiny.write(tmp_path / "other"), device="cpu").processor is not None
+    bare = load(tiny.write(tmp_path / "bare", tokenizer=False), device="cpu")
+    refused(lambda: bare.ask("What is this?"), "no tokenizer.json")
+    whole = load(tiny.write(tmp_path / "whole"), device="cpu")
+    assert len(whole.ask("What is this?", sampling=Sampling(max_new_tokens=2)).token_ids) == 2
 
 
 def test_a_folder_wins_over_the_hub(tmp_path, monkeypatch):
