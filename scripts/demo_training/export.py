@@ -1,0 +1,100 @@
+"""Write a trained model as an ordinary Hugging Face folder: hub key layout, float16, tokenizer, processor, pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+
+from eval import pages
+
+from .model import CONFIG, MEAN, STD
+from .text import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS
+
+_EXAMPLES = ((224, 224), (192, 224), (224, 192), (112, 224), (80, 224), (224, 112), (160, 112), (224, 224))
+
+
+def hub_tensors(llava: nn.Module, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+    """The state dict under the hub's keys (layout "a")."""
+    renamed = {}
+    for name, tensor in llava.state_dict().items():
+        name = name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
+        name = "language_model." + name if name.startswith("lm_head.") else name
+        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        renamed[name] = tensor.detach().to("cpu", dtype).contiguous()
+    size = CONFIG["vision_config"]["hidden_size"]
+    for part, fill in (("weight", torch.ones), ("bias", torch.zeros)):           # in every CLIP file, used by none
+        renamed[f"vision_tower.vision_model.post_layernorm.{part}"] = fill(size, dtype=dtype)
+    return renamed
+
+
+def _configs() -> dict[str, dict]:
+    processor = {"processor_class": "LlavaNextProcessor"}
+    special = {k: SPECIALS[v] for k, v in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))}
+    tile = CONFIG["vision_config"]["image_size"]
+    return {
+        "config.json": CONFIG,
+        "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", **special, "image_token": "<image>", "padding_side": "right",
+            "clean_up_tokenization_spaces": False, "model_max_length": CONFIG["text_config"]["max_position_embeddings"],
+            "added_tokens_decoder": {str(i): {
+                "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                "special": True} for i, token in enumerate(SPECIALS)}, **processor},
+        "special_tokens_map.json": special,
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaNextImageProcessor", "do_convert_rgb": True, "do_resize": True,
+            "size": {"shortest_edge": tile}, "resample": 3, "do_center_crop": True,
+            "crop_size": {"height": tile, "width": tile}, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "do_pad": True,
+            "image_grid_pinpoints": CONFIG["image_grid_pinpoints"], **processor},
+        "processor_config.json": {
+            "image_token": "<image>", "patch_size": CONFIG["vision_config"]["patch_size"],
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default", **processor},
+    }
+
+
+def write_examples(folder: Path, seed: int = 0) -> None:
+    """A few held-out pages as PNG, with `questions.json`: one long and two short questions each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = []
+    for i, size in enumerate(_EXAMPLES):
+        rng = random.Random(f"examples {seed} {i}")
+        page = pages.draw_page(rng, "heldout", size)
+        page.image.save(folder / f"page_{i}.png")
+        asked = [pages.short_question(rng, f) for f in rng.sample(page.fields, 2)]
+        asked += filter(None, [pages.long_question(rng, page, rng.choice(pages.LONG_KINDS))])
+        listing.append({"image": f"page_{i}.png", "questions": [
+            {"question": q.text, "answer": q.answer, "kind": q.kind} for q in asked]})
+    (folder / "questions.json").write_text(json.dumps(listing, indent=1) + "\n")
+
+
+def export(llava: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the folder beside `out` first, then put it in its place; the README.md of an existing one stays."""
+    scratch = out.with_name(out.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file(hub_tensors(llava), str(scratch / "model.safetensors"), metadata={"format": "pt"})
+    (scratch / "model.safetensors").chmod(0o644)
+    for name, content in _configs().items():
+        (scratch / name).write_text(json.dumps(content, indent=2) + "\n")
+    (scratch / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    tokenizer.save(str(scratch / "tokenizer.json"))
+    write_examples(scratch / "pages")
+    if (out / "README.md").exists():
+        shutil.copy(out / "README.md", scratch / "README.md")
+    if out.exists():
+        old = out.with_name(out.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+        os.replace(scratch, out)
+        shutil.rmtree(old)
+    else:
+        os.replace(scratch, out)
