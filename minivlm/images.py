@@ -101,7 +101,8 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name}: more than {Image.MAX_IMAGE_PIXELS} pixels, which Pillow takes for a decompression bomb") from None
+        limit = Image.MAX_IMAGE_PIXELS
+        raise UserError(f"{name}: more than {limit} pixels, which Pillow takes for a decompression bomb") from None
     except UserError:
         raise
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ... on damaged data
@@ -148,7 +149,7 @@ def _crop(image: Image.Image, settings: ImageSettings) -> Image.Image:
         image = _padded_to_square(image, tuple(int(channel * 255) for channel in settings.mean))
     height, width = _resized(image, settings)
     if height * width > _MAX_RESIZED_PIXELS:
-        raise UserError(f"an image of {image.width}x{image.height} pixels is too thin: resizing makes it {width}x{height}")
+        raise UserError(f"an image of {image.width}x{image.height} pixels is too thin: resized it is {width}x{height}")
     image = image.resize((width, height), settings.resample)
     top, left = (height - settings.tile) // 2, (width - settings.tile) // 2
     return image.crop((left, top, left + settings.tile, top + settings.tile))
@@ -164,6 +165,8 @@ def _resized(image: Image.Image, settings: ImageSettings) -> anyres.Size:
 
 def _padded_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     side = max(image.size)
+    if side * side > _MAX_RESIZED_PIXELS:
+        raise UserError(f"an image of {image.width}x{image.height} pixels is too large to be padded to a square")
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

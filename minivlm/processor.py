@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minivlm import anyres
 from minivlm.config import VLMConfig
 from minivlm.errors import UserError
-from minivlm.images import ImageSettings, pixel_values
+from minivlm.images import ImageSettings, load_image, pixel_values
 from minivlm.templates import BUILT_IN, ChatTemplate, built_in
 from minivlm.tokenizer import Streamer, load_tokenizer, read_json, special_tokens
 
@@ -38,13 +39,15 @@ class ModelInputs:
 class Processor:
     """Everything between a user's text and images and a model's tensors."""
 
-    def __init__(self, tokenizer, template: ChatTemplate, settings: ImageSettings, config: VLMConfig, image_token: str, pad_id: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, image_settings: ImageSettings, config: VLMConfig, image_token: str
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.image_settings = settings
+        self.image_settings = image_settings
         self.config = config
         self.image_token = image_token
-        self._pad_id = pad_id
+        self._pad_id = int(config.image_token_index == 0)  # any id but the image's: padding is never attended to
         opening = tokenizer.encode("").tokens  # what the post-processor puts around a text
         self._bos = opening[0] if opening else None
 
@@ -63,16 +66,15 @@ class Processor:
         found = tokenizer.token_to_id(image_token)
         if found != config.image_token_index:
             raise UserError(
-                f"{folder}: the tokenizer's id of {image_token} is {found}, config.json's image_token_index is {config.image_token_index}"
+                f"{folder}: the tokenizer's id of {image_token} is {found}, "
+                f"config.json's image_token_index is {config.image_token_index}"
             )
         source, name = _template_source(folder, nested)
         if source is None:
             name = built_in(config, tokenizer.get_vocab())
             source, name = BUILT_IN[name], f"built-in template {name}"
         template = ChatTemplate(source, name, image_token, tokens)
-        settings = _image_settings(folder, nested, config, pad_to_square)
-        pad_id = tokenizer.token_to_id(tokens.get("pad_token", ""))
-        return cls(tokenizer, template, settings, config, image_token, 0 if pad_id is None else pad_id)
+        return cls(tokenizer, template, _image_settings(folder, nested, config, pad_to_square), config, image_token)
 
     def render(self, messages: Sequence[Mapping]) -> str:
         """The prompt for the assistant's next answer, by the chat template.
@@ -102,21 +104,24 @@ class Processor:
         if not history or history[-1].get("role") != "assistant":
             raise UserError("the history of a conversation must end with an answer of the assistant")
         prompt = self.render(history[:-1])
-        before, found, after = self.render([*history[:-1], {"role": "assistant", "content": _ANSWER}, message]).partition(_ANSWER)
+        whole = self.render([*history[:-1], {"role": "assistant", "content": _ANSWER}, message])
+        before, found, after = whole.partition(_ANSWER)
         if not found or not before.startswith(prompt) or before[len(prompt) :].strip():
             raise UserError("the chat template rewrites earlier turns, so a conversation cannot go on from its cache")
         return after
 
-    def __call__(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], *, continues: bool = False) -> ModelInputs:
-        """Rendered prompts with `<image>` placeholders, and the images of each, in order -> model inputs.
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image | Path | str]], *, continues: bool = False
+    ) -> ModelInputs:
+        """Rendered prompts with `<image>` placeholders, and the images of each (or their files), in order -> model inputs.
 
         `continues` marks texts that go on behind tokens already in a cache: no BOS, no word boundary of a
-        text's beginning.  Raises `UserError` where images and placeholders differ in number, and for a prompt
-        longer than the model's context: image tokens are never cut.
+        text's beginning.  Raises `UserError` for an image that cannot be read, where images and placeholders
+        differ in number, and for a prompt longer than the model's context: image tokens are never cut.
         """
         if len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts came with {len(images)} lists of images")
-        flat = [image for group in images for image in group]
+        flat = [load_image(image) for group in images for image in group]
         sizes = [(image.height, image.width) for image in flat]
         counts = iter([anyres.image_tokens(size, self.config) for size in sizes])
         rows = []
@@ -195,5 +200,6 @@ def _image_settings(folder: Path, nested: Mapping, config: VLMConfig, pad_to_squ
     if raw is None:
         name, raw = "preprocessor_config.json", read_json(folder / "preprocessor_config.json")
     if not isinstance(raw, Mapping) or not raw:
-        raise UserError(f"{folder}: no image settings (expected preprocessor_config.json, or image_processor in processor_config.json)")
+        expected = "expected preprocessor_config.json, or image_processor in processor_config.json"
+        raise UserError(f"{folder}: no image settings ({expected})")
     return ImageSettings.from_dict(raw, config, name, pad_to_square)

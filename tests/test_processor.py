@@ -16,10 +16,10 @@ from minivlm.processor import Processor
 from minivlm.tokenizer import Streamer, load_tokenizer
 
 PIECES = [
-    "<image>", "<image>\n", "\n", "\n\n", " ", "  ", "USER:", " ASSISTANT:", "What is the date?", "日本", "é", "😀", "▁", "<s>", "</s>",
-    "<|eot_id|>", "<|begin_of_text|>", "[INST]", " [/INST]", "the fox", "<pad>", "<x>", " <y> ", "\u200b", "\x00",
+    "<image>", "<image>\n", "\n", "\n\n", " ", "  ", "USER:", " ASSISTANT:", "What is the date?", "日本", "é", "😀", "▁",
+    "<s>", "</s>", "<|eot_id|>", "<|begin_of_text|>", "[INST]", " [/INST]", "the fox", "<pad>", "<x>", " <y> ", "\u200b", "\x00",
 ]  # fmt: skip
-TEXTS = ["", "USER: <image>\nWhat is the date? ASSISTANT:", "[INST] <image>\nWhat? [/INST]", "<image><image>\n\nthe <image> fox", " x", "<s> x"]
+TEXTS = ["", "<s> x", "USER: <image>\nWhat is the date? ASSISTANT:", "[INST] <image>\nWhat? [/INST]", "<image><image>\n\nfox"]
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
@@ -28,9 +28,11 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def token(content: str, **flags: object) -> dict:
-    return {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True, **flags}
+    off = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    return {"content": content, **off, "special": True, **flags}
 
 
+ADDED = [token("<s>"), token("</s>"), token("<x>", special=False, normalized=True), token("<y>", lstrip=True)]
 SETTINGS = [
     {},
     {"legacy": True, "add_bos_token": False},
@@ -38,7 +40,7 @@ SETTINGS = [
     {"add_prefix_space": False},
     {"pad_token": "<pad>", "additional_special_tokens": ["<x>"]},
     {"extra_special_tokens": {"image_token": "<image>", "foo_token": "<y>"}},
-    {"added_tokens_decoder": {"2": token("</s>"), "1": token("<s>"), "700": token("<x>", special=False, normalized=True), "701": token("<y>", lstrip=True)}},
+    {"added_tokens_decoder": {str(i): each for i, each in zip((1, 2, 700, 701), ADDED)}},
 ]
 
 
@@ -169,6 +171,8 @@ def test_bad_inputs(tmp_path):
         processor(["x", "y"], [[], images((9, 9))])
     with pytest.raises(UserError, match="2 prompts came with 1 lists"):
         processor(["x", "y"], [[]])
+    with pytest.raises(UserError, match="nothing.png: no such file"):
+        processor(["<image>"], [[tmp_path / "nothing.png"]])
 
 
 def test_image_tokens_count_towards_the_context_and_are_never_cut(tmp_path):
@@ -198,7 +202,10 @@ def test_image_token_must_be_the_model_s(tmp_path):
         Processor.from_folder(tmp_path, config)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "processor_config.json", "preprocessor_config.json", "chat_template.json"])
+JSON_FILES = ["tokenizer_config", "special_tokens_map", "processor_config", "preprocessor_config", "chat_template"]
+
+
+@pytest.mark.parametrize("name", [f"{name}.json" for name in JSON_FILES])
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b"[" * 100_000])
 def test_malformed_json_is_named(tmp_path, name, content):
     config = write_checkpoint(tmp_path, "llama")
@@ -266,6 +273,16 @@ def test_images_in_a_later_turn(tmp_path):
     assert inputs.pixel_values.shape[0] == 1
 
 
+def test_a_template_may_space_and_trim_answers(tmp_path):
+    """As the hub's LLaVA-1.5 template does: a space before and behind an answer, and no end-of-sequence token."""
+    config = write_checkpoint(tmp_path, "llama")
+    turns = "{% for m in messages %}{{ m.role | upper }}: {{ m.content | trim }} {% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(turns + "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    processor = Processor.from_folder(tmp_path, config)
+    history = [processor.user_message("What?", 1), {"role": "assistant", "content": " The fox.\n"}]
+    assert processor.next_turn(history, processor.user_message("Why?")) == " USER: Why? ASSISTANT:"
+
+
 def test_a_conversation_must_go_on_from_an_answer(tmp_path):
     processor = Processor.from_folder(tmp_path, write_checkpoint(tmp_path, "llama"))
     user = processor.user_message("x")
@@ -298,7 +315,9 @@ def test_streaming_adds_up_to_the_whole_text(tmp_path, style):
         assert streamed(streamer, ids)[1] == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("decoder", [None, decoders.Metaspace(), decoders.WordPiece(cleanup=False), decoders.Fuse(), decoders.BPEDecoder()])
+@pytest.mark.parametrize(
+    "decoder", [None, decoders.Metaspace(), decoders.WordPiece(cleanup=False), decoders.Fuse(), decoders.BPEDecoder()]
+)
 def test_streaming_with_other_decoders(decoder):
     vocabulary = {word: i for i, word in enumerate(["▁a", "b", "▁", "##c", "d</w>", " ", "<0x41>", "日", "<eos>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="b"))

@@ -32,10 +32,11 @@ def tokenizer_json(style: str) -> str:
     raw = json.loads(tokenizer.to_str())
     raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] in special]  # bytes are plain tokens
     tokenizer = Tokenizer.from_str(json.dumps(raw))
-    strip = [decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    bos = [("<s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=bos)
     return tokenizer.to_str()
 
 
@@ -62,10 +63,10 @@ def special_tokens(style: str) -> dict[str, str]:
     return {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def write_tokenizer(folder: Path, style: str, tokenizer_class: str | None = "PreTrainedTokenizerFast", **settings: object) -> Tokenizer:
+def write_tokenizer(folder: Path, style: str, tokenizer_class: str = "PreTrainedTokenizerFast", **settings: object) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer_json(style), encoding="utf-8")
-    written = {**special_tokens(style), **({"tokenizer_class": tokenizer_class} if tokenizer_class else {}), **settings}
+    written = {**special_tokens(style), "tokenizer_class": tokenizer_class, **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(written))
     return Tokenizer.from_str(tokenizer_json(style))
 
@@ -73,8 +74,11 @@ def write_tokenizer(folder: Path, style: str, tokenizer_class: str | None = "Pre
 def write_checkpoint(folder: Path, style: str = "llama", family: str = "llava_next", **changes: object) -> VLMConfig:
     """A folder for which both this library and transformers' AutoProcessor make a processor; `changes` go to config.json."""
     tokenizer = write_tokenizer(folder, style)
-    text = {"model_type": "mistral" if style == "mistral" else "llama", "vocab_size": 448, "hidden_size": 16, "intermediate_size": 32}
-    text.update(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048, sliding_window=None)
+    text = {
+        "model_type": "mistral" if style == "mistral" else "llama", "vocab_size": 448, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+        "sliding_window": None,
+    }  # fmt: skip
     raw = {
         "model_type": family,
         "image_token_index": tokenizer.token_to_id("<image>"),
