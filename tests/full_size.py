@@ -1,6 +1,6 @@
 """One run at full size: LLaVA-NeXT in the shape of vicuna-7B with random weights, in bfloat16, on the CPU.
 
-    python tests/full_size.py [--layers 32]
+    PYTHONPATH=. python tests/full_size.py [--layers 32]
 
 Writes about 14 GB of sharded safetensors to a temporary folder, loads them in a process of its own, asks about
 an image for 4 tokens, prints times and peak memory, and removes the folder.  Not part of the suite: it takes
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import weights  # noqa: E402
-from minivlm.vlm import Sampling  # noqa: E402
+import weights
+from minivlm import Sampling
 
 SHARD_BYTES = 2 << 30
 
@@ -68,8 +68,6 @@ def write(folder: Path, layers: int) -> None:
 
 
 def run(folder: Path) -> None:
-    from PIL import Image
-
     begin = time.perf_counter()
     model = weights.load(folder, device="cpu", dtype="bfloat16")
     loaded = time.perf_counter()

@@ -102,7 +102,7 @@ def etag(path: Path) -> str:
 
 def client(home: Path, endpoint: str, *repos: str, offline: bool = False) -> dict[str, object]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
