@@ -53,6 +53,22 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     return (probabilities / noise).argmax(dim=-1)
 
 
+@torch.no_grad()
+def prefill_step(
+    model: Llava, cache: KVCache, input_ids: Sequence[Tensor], features: Sequence[Tensor], max_new_tokens: int, observer: Observer | None = None
+) -> Tensor:
+    """Prefill the new tokens [S_b] of each sequence, with the features of all their images, and return logits [B, V]."""
+    device = model.lm_head.weight.device
+    run = cache.prefill([ids.cpu() == model.config.image_token_index for ids in input_ids], max_new_tokens)
+    positions = pad_sequence([torch.arange(len(turn.is_vision)) + turn.start for turn in run.turns], batch_first=True)
+    ids = pad_sequence(list(input_ids), batch_first=True)
+    hidden = model(model.embed(ids.to(device), features), positions.to(device), run)
+    if observer is not None:
+        observer.prefilled(cache, run)
+    last = torch.tensor(run.lengths, device=device) - 1
+    return model.lm_head(hidden[torch.arange(len(last), device=device), last])
+
+
 def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
     """Feed one token [B] per sequence and return the next logits [B, V]; to be compiled once per `kind` of step.
 
@@ -91,7 +107,7 @@ class Generation:
             torch.Generator(device).manual_seed(sampling.seed * 1_000_003 + track.sample) for track in cache.tracks
         ]
         started = time.perf_counter() if started is None else started
-        self._first = choose(self._prefill(input_ids, features, device), sampling, self._generators)
+        self._first = choose(prefill_step(model, cache, input_ids, features, sampling.max_new_tokens, observer), sampling, self._generators)
         self._first.tolist()  # waits for the device
         self.prefill_s = time.perf_counter() - started
         self.prompt_tokens = sum(len(ids) for ids in input_ids)
@@ -99,18 +115,6 @@ class Generation:
         self.live_bytes, self.full_bytes = cache.live_bytes(), cache.full_bytes()
         by_layer = cache.live_entries()
         self.live_entries = {name: sum(held[name] for held in by_layer) for name in CLASSES}
-
-    @torch.no_grad()
-    def _prefill(self, input_ids: Sequence[Tensor], features: Sequence[Tensor], device: torch.device) -> Tensor:
-        image_token = self.model.config.image_token_index
-        run = self.cache.prefill([ids == image_token for ids in input_ids], self.sampling.max_new_tokens)
-        positions = pad_sequence([torch.arange(len(turn.is_vision)) + turn.start for turn in run.turns], batch_first=True)
-        ids = pad_sequence(list(input_ids), batch_first=True)
-        hidden = self.model(self.model.embed(ids.to(device), features), positions.to(device), run)
-        if self.observer is not None:
-            self.observer.prefilled(self.cache, run)
-        rows = torch.tensor(run.lengths, device=device) - 1
-        return self.model.lm_head(hidden[torch.arange(len(rows), device=device), rows])
 
     def _step(self, token: Tensor) -> Tensor:
         kind = self.cache.kind

@@ -146,12 +146,25 @@ class VLM:
         return KVCache(self.config.text, policy, samples, device=self.device)
 
     @torch.no_grad()
+    def image_features(self, pixel_values: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Decoder inputs [N_i, C] of each image, as `Llava.image_features`.
+
+        Raises `UserError` for pixel values that are not of the checkpoint's shape.
+        """
+        size, tiles = self.config.vision.image_size, 1 if self.config.is_next else 0
+        if pixel_values.ndim != 4 + tiles or tuple(pixel_values.shape[-3:]) != (3, size, size):
+            raise UserError(
+                f"pixel_values have shape {list(pixel_values.shape)} (expected [images, {'tiles, ' * tiles}3, {size}, {size}])"
+            )
+        if self.config.is_next and len(image_sizes) != len(pixel_values):
+            raise UserError(f"image_sizes name {len(image_sizes)} images, pixel_values hold {len(pixel_values)}")
+        return self.model.image_features(pixel_values.to(self.device), image_sizes)
+
+    @torch.no_grad()
     def generate(self, inputs: ModelInputs, cache: KVCache, sampling: Sampling, observer: Observer | None = None) -> Generation:
         """Prefill a batch of model inputs into `cache` as its next turn; iterate over the result for the tokens."""
         started = time.perf_counter()
-        features = []
-        if inputs.pixel_values is not None:
-            features = self.model.image_features(inputs.pixel_values.to(self.device), inputs.image_sizes)
+        features = [] if inputs.pixel_values is None else self.image_features(inputs.pixel_values, inputs.image_sizes)
         rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths.tolist())]
         return Generation(self.model, cache, rows, features, sampling, observer, started)
 

@@ -22,7 +22,7 @@ from minivlm import attention
 from minivlm.cache.layer import Layer, bucket
 from minivlm.cache.policy import Policy
 from minivlm.cache.prefill import Prefill, Turn
-from minivlm.cache.ranking import LAST, order_key
+from minivlm.cache.ranking import LAST, best_first, order_key
 from minivlm.config import TextConfig
 from minivlm.errors import UserError
 
@@ -245,10 +245,11 @@ class KVCache:
         return held.position[b].gather(1, held.live_slots(b, self.tracks[b].tail[int(self.fed[b])]))
 
     def core_positions(self, layer: int, b: int) -> Tensor:
-        """Original positions [C] of row b's core in a layer."""
+        """Original positions [C] of row b's core in a layer, best first."""
         held, row = self.layers[layer], self.layers[layer].rows[b]
-        start = held.tail - row.system - row.core
-        return held.position[b, 0, start : start + row.core].cpu()
+        core = slice(held.tail - row.system - row.core, held.tail - row.system)
+        position = held.position[b, 0, core]
+        return position[best_first(held.vision_row[b, core], position)].cpu()
 
 
 class Decode:

@@ -134,7 +134,7 @@ class Layer:
         out, into = (first_slots(mask, most) for mask in (leaving, entering))
         out, into = (torch.where(surplus, index[:, :1], index) for index in (out, into))
         b = torch.arange(batch, device=out.device)[:, None]
-        for held in (self.k, self.v, self.position):
+        for held in (self.k, self.v, self.position, self.vision_row[:, None]):
             held[b, :, out], held[b, :, into] = held[b, :, into], held[b, :, out]
 
 

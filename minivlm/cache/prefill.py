@@ -170,6 +170,8 @@ class Prefill:
         store.k[b, :, window] = c.k[heads, index]
         store.v[b, :, window] = c.v[heads, index]
         store.position[b, :, window] = c.position[heads, index]
+        if attended is not None:
+            store.vision_row[b, store.tail - plan.fixed :] = attended[fixed]
         if score is not None:
             store.score[b, :, : plan.tail] = score
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.cache.kv import KVCache
 from minivlm.cache.prefill import Prefill
@@ -30,7 +31,7 @@ class Recorder:
     """The history of one sequence (row 0) over one turn.
 
     `fate` [L, H_kv, positions] int16: the step at whose end an entry was evicted (0: prefill), -1 while it is held, -2 for
-    one that never entered the layer.  `cores`: (step, one [C] tensor of positions per layer) at each choice.
+    one that never entered the layer.  `cores`: (step, one [C] tensor of positions per layer, best first) at each choice.
     """
 
     fate: Tensor | None = None
@@ -67,3 +68,8 @@ class Recorder:
 
     def _record_cores(self, cache: KVCache) -> None:
         self.cores.append((cache.steps, [cache.core_positions(i, 0) for i in range(len(cache.layers))]))
+
+    def ordinals(self, cache: KVCache, positions: list[Tensor]) -> Tensor:
+        """Positions of vision tokens [C_l] of each layer -> their indices among all vision tokens, [L, C] padded with -1."""
+        vision = torch.tensor(cache.tracks[0].vision)
+        return pad_sequence([torch.searchsorted(vision, p.long()) for p in positions], batch_first=True, padding_value=-1)
