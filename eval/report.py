@@ -30,6 +30,7 @@ def share_of(stats: Any, samples: int) -> dict[str, float]:
         "kv_bytes": stats.live_bytes / samples,
         "kv_full_bytes": stats.full_bytes / samples,
         "kv_batch_bytes": stats.nbytes,
+        "kv_full_batch_bytes": stats.full_bytes,
         "entries_read": sum(stats.entries_read_per_step.values()),
     }
 
@@ -38,7 +39,8 @@ def cost(rows: Iterable[dict]) -> dict[str, float]:
     """What the answered samples took: milliseconds, tokens, and the bytes of the cache against the full one.
 
     `prefill_ms` is per page and `decode_ms_per_token` per token after the first; `kv_bytes_mean` is what the policy
-    holds per page, `kv_bytes_peak` the largest allocation of a batch, `kv_share` held against the full cache.
+    holds per page after prefill, `kv_share` that against the full cache; `kv_bytes_peak` is the most that was allocated
+    for a batch, room for the answer and bookkeeping included, beside the entries of the largest full cache.
     """
     shares = [row["cost"] for row in rows if "cost" in row]
     if not shares:
@@ -55,6 +57,7 @@ def cost(rows: Iterable[dict]) -> dict[str, float]:
         "kv_full_bytes_mean": total["kv_full_bytes"] / len(shares),
         "kv_share": total["kv_bytes"] / total["kv_full_bytes"] if total["kv_full_bytes"] else 0.0,
         "kv_bytes_peak": max(share["kv_batch_bytes"] for share in shares),
+        "kv_full_bytes_peak": max(share["kv_full_batch_bytes"] for share in shares),
         "entries_read_per_step": mean(share["entries_read"] for share in shares),
     }
 

@@ -169,7 +169,8 @@ def _answer_batch(
     run: Run, task: Task, batch: Sequence[tuple[Sample, Image.Image | UserError]], model: Model
 ) -> list[dict]:
     """One row per sample, in order. A sample without an image, or that the model refuses, becomes a failed row."""
-    requests = [Request(task.prompt(sample), [image]) for sample, image in batch if not isinstance(image, UserError)]
+    asked = [(sample, image) for sample, image in batch if not isinstance(image, UserError)]
+    requests = [Request(task.prompt(sample), [image], sample.index) for sample, image in asked]
     sampling = Sampling(max_new_tokens=task.max_new_tokens, seed=run.seed)
     answers = iter(_ask(model, requests, sampling, run.settings))
     rows = []

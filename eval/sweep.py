@@ -74,7 +74,9 @@ def _write(cells: list[dict], output: Path) -> None:
     write_whole(output / "sweep.json", {"cells": cells})
     write_whole(output / "sweep.md", text.encode())
     print(text, end="")
-    if find_spec("matplotlib") is None:
+    if not any(numbers["n"] for numbers in done[0]["results"].values()):
+        print("note: no picture, since nothing was scored", file=sys.stderr)
+    elif find_spec("matplotlib") is None:
         print("note: no picture without matplotlib (pip install 'minivlm[plots]')", file=sys.stderr)
     else:
         draw(done, output / "sweep.png")
@@ -86,11 +88,16 @@ def _name(cell: dict) -> str:
 
 
 def draw(cells: Sequence[dict], path: Path) -> None:
-    """Draws every metric of the first task against the KV bytes a page holds, one line per policy, with standard errors."""
+    """Draws the metrics of the first task against the KV bytes a page holds, one line per policy, with standard errors.
+
+    A cell that answered fewer samples than others (a budget too small for the longest prompts) is left out: its score
+    is over other questions.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    task = next(iter(cells[0]["cost"]))
+    task = next(task for task in cells[0]["cost"] if cells[0]["results"][task]["n"])
+    cells = [cell for cell in cells if cell["results"][task]["n"] == max(each["results"][task]["n"] for each in cells)]
     numbers = cells[0]["results"][task]
     metrics = [name for name in dict.fromkeys((TASKS[task].metric, "anls", "exact_match")) if name in numbers]
     unit, scale = ("MiB", 2**20) if cells[0]["cost"][task]["kv_full_bytes_mean"] > 2**21 else ("KiB", 2**10)
@@ -111,5 +118,5 @@ def draw(cells: Sequence[dict], path: Path) -> None:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(title="policy")
-    figure.suptitle(f"{task}, {numbers['n']} samples")
+    figure.suptitle(f"{task}, n = {numbers['n']}")
     figure.savefig(path, dpi=150)

@@ -101,6 +101,12 @@ def test_sweep(place, capsys):
             assert image.width > image.height > 500
 
 
+def test_a_sweep_without_scores_has_no_picture(place, capsys):
+    assert main(["sweep", *place[2], "--output_path", str(place[0] / "out"), "--policies", "full", "--predict_only"]) == 0
+    assert "note: no picture, since nothing was scored" in capsys.readouterr().err
+    assert "| full | 0 | 0 |" in (place[0] / "out" / "sweep.md").read_text()
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--policies", "magic", "--budgets", "0.5"], "no cell of the sweep could be run; --policy 'magic' is unknown"),
     (["--budgets", "half"], "argument --budgets: invalid float value: 'half'"),
