@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
     def flag(self, name: str, **options) -> None:
         """Add `--like_this` and `--like-this`."""
-        self.add_argument(*spellings(name), dest=name, **options)
+        self.add_argument(*spellings(name), **{"dest": name, **options})
 
     def model_flags(self) -> None:
         """The flags of every script that loads a model."""
@@ -39,7 +39,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        complain(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -49,8 +49,24 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
         sys.exit(1)
 
 
+def complain(error: UserError) -> None:
+    """Tell a user's mistake in one line on stderr."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
 def note(text: str) -> None:
+    """Tell in one line on stderr what is no mistake, but may not be expected."""
     print(f"note: {text}", file=sys.stderr)
+
+
+def expect_writable(path: Path) -> None:
+    """Raise `UserError` where `write_whole` will not be able to make `path`; to be asked before long work."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder (expected the name of a file to write)")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent} to write it into")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (no permission for {path.parent})")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -101,6 +101,8 @@ class Generation:
         self.tokens: list[list[int]] = [[] for _ in input_ids]  # per sequence, an end-of-sequence id included
         self.finish = ["length"] * len(input_ids)
         self.decode_s = 0.0
+        self.stopped = False  # by `stop`
+        self.intact = True  # whether all layers of the cache hold the same tokens: not after an exception within a step
         stop = () if sampling.ignore_eos else model.config.eos_token_ids
         self._stop = torch.tensor(stop, dtype=torch.int64, device=device)
         self._generators = [
@@ -116,12 +118,17 @@ class Generation:
         by_layer = cache.live_entries()
         self.live_entries = {name: sum(held[name] for held in by_layer) for name in CLASSES}
 
+    def stop(self) -> None:
+        """End the answer after the step under way; may be called from a signal handler."""
+        self.stopped = True
+
     def _step(self, token: Tensor) -> Tensor:
-        kind = self.cache.kind
+        self.intact, kind = False, self.cache.kind
         logits = decode_step(self.model, self.cache, kind, token, self._stop)
         self.cache.advance(kind)
         if self.observer is not None:
             self.observer.stepped(self.cache, kind)
+        self.intact = True
         return choose(logits, self.sampling, self._generators)
 
     @torch.no_grad()
@@ -143,7 +150,7 @@ class Generation:
                     finished[b] = stopped or step + 1 >= room[b]
             self.decode_s += time.perf_counter() - started
             yield new
-            if all(finished) or step + 1 == self.sampling.max_new_tokens:
+            if self.stopped or all(finished) or step + 1 == self.sampling.max_new_tokens:
                 return
             started = time.perf_counter()
             token = self._step(token) if following is None else following

@@ -178,6 +178,10 @@ class Stream:
     def __init__(self, processor: Processor, generation: Generation) -> None:
         self.processor, self.generation = processor, generation
 
+    def stop(self) -> None:
+        """End the answer after the token under way; what Ctrl-C should call."""
+        self.generation.stop()
+
     def __iter__(self) -> Iterator[str]:
         streamer = self.processor.streamer()
         for (token,) in self.generation:
@@ -193,37 +197,58 @@ class Stream:
 
 
 class Conversation:
-    """Turns about the same images, in one cache: what was said is neither computed nor tokenised again."""
+    """Turns in one cache: what was said is neither computed nor tokenised again.
+
+    A turn that is refused, or interrupted before its answer begins, is forgotten and the conversation can go on.  Where
+    the cache was left half changed, the next turn computes the whole conversation anew.
+    """
 
     def __init__(self, vlm: VLM, sampling: Sampling, settings: CacheSettings) -> None:
         self.vlm, self.sampling = vlm, sampling
         self.cache = vlm.new_cache(settings)
         self.messages: list[dict] = []
-        self._last: Generation | None = None
+        self.images: list[Image.Image] = []  # of all turns
+        self._last: Generation | None = None  # the turn that the cache ends with; None: nothing in it is of use
 
     def ask(self, prompt: str, images: Sequence[ImageSource] = ()) -> Stream:
         """The answer to the next turn, as a stream; iterate over it before the next `ask`.
 
-        Raises `UserError` if the turn leaves the model's context, and for bad images; the conversation can go on.
+        Raises `UserError` if the turn leaves the model's context, and for bad images.
         """
         processor = self.vlm.processor
         loaded = [load_image(source) for source in images]
         message = processor.user_message(prompt, len(loaded))
+        self._close_turn()
         if self._last is None:
-            inputs = processor([processor.render([message])], [loaded])
+            inputs = processor([processor.render([*self.messages, message])], [[*self.images, *loaded]])
+            self.cache.reset([0])
         else:
-            self._close_turn()
             inputs = processor([processor.next_turn(self.messages, message)], [loaded], continues=True)
             inputs = _behind(inputs, self._last.unfed(0))
+            self._check_room(int(inputs.lengths[0]))
+        self._last = None  # until the prefill is over
         self._last = self.vlm.generate(inputs, self.cache, self.sampling)
         self.messages = [*self.messages, message]
+        self.images = [*self.images, *loaded]
         return Stream(processor, self._last)
 
     def _close_turn(self) -> None:
         """Note the last answer, as far as it was read."""
+        if self._last is None:
+            return
         if self.messages[-1]["role"] == "user":
             text = self.vlm.processor.decode(self._last.tokens[0])
             self.messages = [*self.messages, {"role": "assistant", "content": text}]
+        if not self._last.intact:
+            self._last = None
+
+    def _check_room(self, new: int) -> None:
+        held, limit = self.cache.tracks[0].seen + int(self.cache.fed[0]), self.vlm.config.text.context_length
+        if held + new > limit:
+            raise UserError(
+                f"the conversation is {held} tokens long and this turn takes {new}, the model's context is {limit} "
+                "(expected a shorter turn, or a new conversation)"
+            )
 
 
 def _behind(inputs: ModelInputs, unfed: list[int]) -> ModelInputs:

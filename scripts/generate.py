@@ -6,21 +6,20 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import weights
 from minivlm.cache import settings as cache
 from minivlm.cache.record import Recorder
-from minivlm.cache.settings import CacheSettings, parse_bool
-from minivlm.cli import Parser, note, run, write_whole
+from minivlm.cache.settings import parse_bool
+from minivlm.chat import converse, show
+from minivlm.cli import Parser, expect_writable, note, run, write_whole
 from minivlm.errors import UserError
 from minivlm.generate import Sampling
 from minivlm.images import load_image
 from minivlm.overlay import draw
-from minivlm.report import describe
-from minivlm.vlm import VLM, Stream
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -30,28 +29,32 @@ def main(arguments: Sequence[str]) -> None:
     for line in settings.notes() if args.policy_given else ():
         note(line)
     images = [load_image(path) for path in args.image]
-    vlm = weights.load(args.model, device=args.device, dtype=args.dtype)
+    vlm = weights.load(args.model, device=args.device, dtype=args.dtype, compile=args.compile)
     if args.chat:
-        chat(vlm, images, args.prompt, sampling, settings, args.stats)
+        converse(vlm.chat(sampling=sampling, settings=settings), images, args.prompt, args.stats)
         return
     recorder = Recorder() if args.overlay else None
     stream = vlm.stream(args.prompt, images, sampling=sampling, settings=settings, observer=recorder)
-    show(stream, args.stats)
+    interrupted = show(stream, args.stats)
     if args.overlay:
-        track = stream.generation.cache.tracks[0]
-        picture = draw(images, vlm.config, recorder, track.vision, vlm.config.text.num_hidden_layers, args.overlay_layer)
-        write_whole(args.overlay, lambda path: picture.save(path, format="PNG"))
+        vision, layers = stream.generation.cache.tracks[0].vision, vlm.config.text.num_hidden_layers
+        page = draw(images, vlm.config, recorder, vision, layers, args.overlay_layer, settings=vlm.processor.image_settings)
+        write_whole(args.overlay, lambda path: page.save(path, format="PNG"))
+    if interrupted:
+        raise KeyboardInterrupt
 
 
-def parse(arguments: Sequence[str]):
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.model_flags()
-    parser.flag("image", nargs="+", type=Path, default=[], metavar="FILE", help="in the order in which the prompt speaks of them")
+    parser.flag("image", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="in the order in which the prompt speaks of them")
     parser.flag("prompt", metavar="TEXT", help="the question; <image> in it says where an image stands")
-    parser.flag("chat", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="converse: questions from standard input, one a line, in one cache")
+    parser.flag("chat", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="converse in one cache: a question a line from standard input, --prompt first; /image FILE adds an image to the next one")
     parser.flag("max_new_tokens", type=int, default=256, metavar="N", help="of one answer (256)")
     parser.flag("temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.flag("top_p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that make up this share (1)")
+    parser.flag("compile", type=parse_bool, nargs="?", const=True, metavar="BOOL", help="torch.compile the decode step (on CUDA)")
+    parser.flag("no_compile", dest="compile", action="store_false", default=None, help="run eagerly")
     parser.flag("stats", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="times and KV bytes, on standard error")
     parser.flag("overlay", type=Path, metavar="OUT.png", help="draw which patches were evicted, kept, or the core")
     parser.flag("overlay_layer", type=int, metavar="L", help="the layer drawn beside the mean over layers (the middle one)")
@@ -62,35 +65,11 @@ def parse(arguments: Sequence[str]):
         raise UserError("expected --prompt TEXT, or --chat")
     if args.overlay and (args.chat or not args.image):
         raise UserError("--overlay draws the images of one question (expected --image, and no --chat)")
+    if args.overlay_layer is not None and not args.overlay:
+        raise UserError("--overlay_layer is for --overlay OUT.png, which is not given")
+    if args.overlay:
+        expect_writable(args.overlay)
     return args
-
-
-def chat(vlm: VLM, images: list, first: str | None, sampling: Sampling, settings: CacheSettings, stats: bool) -> None:
-    """A conversation; it ends with the input, with Ctrl-C at the prompt, or when the context is full."""
-    conversation = vlm.chat(sampling=sampling, settings=settings)
-    while True:
-        try:
-            prompt = first if first is not None else input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        first = None
-        if not prompt.strip():
-            continue
-        show(conversation.ask(prompt, images), stats)
-        images = []
-
-
-def show(stream: Stream, stats: bool) -> None:
-    """Print an answer as it comes; Ctrl-C ends the answer, not the program."""
-    try:
-        for piece in stream:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    print()
-    if stats:
-        print(describe(stream.answer.stats), file=sys.stderr)
 
 
 if __name__ == "__main__":
