@@ -60,21 +60,22 @@ def paired_bootstrap(differences: Sequence[float], level: float = 0.95, seed: in
     return low, high
 
 
-def table(runs: Sequence[Finished]) -> str:
-    """A Markdown table for each task: metrics with standard errors, and the cost."""
+def table(runs: Sequence[Finished], kinds: Sequence[str] = ()) -> str:
+    """A Markdown table for each task: metrics with standard errors, also by the given question types, and the cost."""
     lines = []
     for task in dict.fromkeys(task for run in runs for task in run.results["cost"]):
         there = [run for run in runs if task in run.results["cost"]]
-        numbers = [run.results["results"][task] for run in there]
-        metrics = list(dict.fromkeys(name for each in numbers for name in each if f"{name}_stderr" in each))
-        heads = [task, "n", "failed", *metrics, "KV MiB a page", "of full", "prefill ms", "decode ms/token"]
+        metrics = list(dict.fromkeys(name for run in there for name in _metrics(run.results["results"][task])))
+        heads = [task, "n", "failed", *metrics, *(f"{name}, {kind}" for kind in kinds for name in metrics), "KV MiB a page", "of full",
+                 "prefill ms", "decode ms/token"]
         lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
-        for run, each in zip(there, numbers):
-            spent = run.results["cost"][task]
-            scores = [f"{each[name]:.4f} ± {each[name + '_stderr']:.4f}" if name in each else "" for name in metrics]
-            cost = [f"{spent['kv_bytes_mean'] / 2**20:.3f}", f"{spent['kv_share']:.1%}", f"{spent['prefill_ms']:.1f}",
-                    f"{spent['decode_ms_per_token']:.2f}"] if spent else [""] * 4
-            lines.append(_row([run.name, each["n"], each["failed"], *scores, *cost]))
+        for run in there:
+            numbers, spent = run.results["results"][task], run.results["cost"][task]
+            parts = [run.results["by_type"][task].get(kind, {}) for kind in kinds]
+            scores = [f"{part[name]:.4f} ± {part[name + '_stderr']:.4f}" if name in part else "" for part in [numbers, *parts] for name in metrics]
+            lines.append(_row([
+                run.name, numbers["n"], numbers["failed"], *scores, f"{spent['kv_bytes_mean'] / 2**20:.3f}", f"{spent['kv_share']:.1%}",
+                f"{spent['prefill_ms']:.1f}", f"{spent['decode_ms_per_token']:.2f}"]))
         lines.append("")
     return "\n".join(lines)
 
@@ -117,6 +118,10 @@ def _changes(first: Any, other: Any, name: str = "") -> list[str]:
         keys = dict.fromkeys((*first, *other))
         return [change for key in keys for change in _changes(first.get(key), other.get(key), key)]
     return [] if first == other else [f"{name}: {first} → {other}"]
+
+
+def _metrics(numbers: dict) -> list[str]:
+    return [name for name in numbers if f"{name}_stderr" in numbers]
 
 
 def _row(cells: Sequence[object]) -> str:
