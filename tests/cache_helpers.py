@@ -57,6 +57,8 @@ class Player:
     @torch.no_grad()
     def turn(self, embeds: Sequence[Tensor], is_vision: Sequence[Tensor], max_new_tokens: int) -> None:
         """One prefill of ragged embeddings [S_b, C]."""
+        if self.poison and self.logits:
+            self._poison()
         run = self.cache.prefill(is_vision, max_new_tokens)
         positions = [torch.arange(len(e)) + turn.start for e, turn in zip(embeds, run.turns)]
         pad = torch.nn.utils.rnn.pad_sequence
@@ -83,25 +85,28 @@ class Player:
             self.cores.append((len(self.logits) - 1, [[set(self.cache.core_positions(i, b).tolist()) for i in layers] for b in range(batch)]))
 
     def _poison(self) -> None:
-        """NaN into every slot that is not live."""
+        """NaN into every slot that is not live: keys, values and scores."""
         for i, layer in enumerate(self.cache.layers):
             for b in range(len(self.cache.tracks)):
                 stored = int(self.cache.fed[b])
                 live = layer.live_slots(b, self.cache.tracks[b].tail[stored])
                 dead = torch.ones(layer.k.shape[1:3], dtype=torch.bool).scatter(1, live, False)
                 layer.k[b][dead] = layer.v[b][dead] = torch.nan
+                if layer.score is not None:
+                    layer.score[b][dead[:, layer.tail :]] = torch.nan
+                layer.vision_row[b][dead[0, : layer.tail]] = torch.nan
 
 
-def play(case: Case, ref: Reference, **options) -> Player:
-    """The whole case on the real cache, fed with the re-statement's tokens."""
+def play(case: Case, tokens: Sequence[Sequence[int]], **options) -> Player:
+    """The whole case on the real cache, with `tokens` as the answer to each turn."""
     player = Player(case.model, policy_of(case.settings, case.model.config.text.num_hidden_layers), **options)
     for i, turn in enumerate(case.turns):
         embeds, is_vision = case.embeds(turn), case.is_vision(turn)
         if i:
-            last = case.model.language_model.embed_tokens(torch.tensor(ref.tokens[i - 1][-1:]))
+            last = case.model.language_model.embed_tokens(torch.tensor(tokens[i - 1][-1:]))
             embeds, is_vision = torch.cat((last, embeds)), torch.cat((torch.tensor([False]), is_vision))
         player.turn([embeds], [is_vision], turn.answer)
-        for token in ref.tokens[i][:-1]:
+        for token in tokens[i][:-1]:
             player.step([token])
     return player
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minivlm import attention
 from minivlm.cache.layer import Layer, bucket
-from minivlm.cache.policy import Policy
+from minivlm.cache.policy import Policy, Prompt
 from minivlm.cache.prefill import Prefill, Turn
 from minivlm.cache.ranking import LAST, best_first, order_key
 from minivlm.config import TextConfig
@@ -73,7 +73,8 @@ class KVCache:
         """Begin a turn: the pass for its new tokens, with room for an answer of `max_new_tokens` >= 1.
 
         is_vision holds one bool tensor [S_b] per sequence, on the CPU; the answer's last token is never stored, so in a
-        later turn it comes first.  Raises `UserError` where the new tokens leave the model's context.
+        later turn it comes first.  Raises `UserError` where the new tokens leave the model's context or the policy's
+        budget is infeasible; the cache is then as it was.
         """
         stored = self.fed.tolist() if self.turns else [0] * len(self.tracks)
         for track, mask, count in zip(self.tracks, is_vision, stored):
@@ -83,6 +84,9 @@ class KVCache:
                 raise UserError(
                     f"the sequence has {track.seen + count + len(mask)} tokens, the model's context only {self.config.context_length}"
                 )
+            for part in (self.policy.vision, self.policy.filter):
+                if part is not None:
+                    part.keep(Prompt(len(mask), int(mask.sum())))  # an infeasible share is told before anything has changed
         starts = [track.seen + count for track, count in zip(self.tracks, stored)]
         room = max(self.config.context_length - start - len(mask) for start, mask in zip(starts, is_vision))
         self.max_steps = max(0, min(max_new_tokens - 1, room))
@@ -277,7 +281,8 @@ class Decode:
         else:
             out, row = attention.decode_plain(q, keys, values, self._spans(held, first), want_row)
         if self.kind == "refresh":
-            held.vision_row.copy_(row[:, :, : held.tail].sum(dim=1) / q.shape[1])
+            attended = row[:, :, : held.tail].sum(dim=1) / q.shape[1]  # [B, slots left of the tail]
+            held.vision_row.copy_(torch.where(cache.active[:, None], attended, held.vision_row))
         after = used.expand_as(held.next_slot)
         if cache.policy.budget is not None:
             after = torch.where(evict.bool(), self._victim(held, row[:, :, held.tail - first :], used, protected), after)
