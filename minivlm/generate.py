@@ -7,7 +7,7 @@ another, and on a GPU the host reads a token while the next step already runs.  
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,9 @@ def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Te
 class Generation:
     """One turn: `input_ids` are the new tokens [S_b] of each sequence, `features` those of all their images, in order.
 
-    The prefill's time counts from `started` (`time.perf_counter`), for work done on the images before.  Raises `UserError` if the new tokens do not fit the model's context.
+    The prefill's time counts from `started` (`time.perf_counter`), for work done on the images before.  `step` is
+    `decode_step` or the same compiled, for which the cache has to be static.  Raises `UserError`
+    if the new tokens do not fit the model's context.
     """
 
     def __init__(
@@ -95,8 +97,9 @@ class Generation:
         sampling: Sampling,
         observer: Observer | None = None,
         started: float | None = None,
+        step: Callable[[Llava, KVCache, str, Tensor, Tensor], Tensor] = decode_step,
     ) -> None:
-        self.model, self.cache, self.sampling, self.observer = model, cache, sampling, observer
+        self.model, self.cache, self.sampling, self.observer, self._decode_step = model, cache, sampling, observer, step
         device = model.lm_head.weight.device
         self.tokens: list[list[int]] = [[] for _ in input_ids]  # per sequence, an end-of-sequence id included
         self.finish = ["length"] * len(input_ids)
@@ -124,7 +127,7 @@ class Generation:
 
     def _step(self, token: Tensor) -> Tensor:
         self.intact, kind = False, self.cache.kind
-        logits = decode_step(self.model, self.cache, kind, token, self._stop)
+        logits = self._decode_step(self.model, self.cache, kind, token, self._stop)
         self.cache.advance(kind)
         if self.observer is not None:
             self.observer.stepped(self.cache, kind)

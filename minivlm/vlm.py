@@ -14,8 +14,9 @@ from torch import Tensor
 from minivlm.cache.kv import KVCache
 from minivlm.cache.record import Observer
 from minivlm.cache.settings import CacheSettings
+from minivlm.compile import compiled_decode_step
 from minivlm.errors import UserError
-from minivlm.generate import Generation, Sampling
+from minivlm.generate import Generation, Sampling, decode_step
 from minivlm.images import load_image
 from minivlm.llava import Llava
 from minivlm.processor import ModelInputs, Processor
@@ -64,10 +65,14 @@ class Answer:
 
 
 class VLM:
-    """A model and, unless its folder has no tokenizer, the processor that feeds it."""
+    """A model and, unless its folder has no tokenizer, the processor that feeds it.
 
-    def __init__(self, model: Llava, processor: Processor | None = None) -> None:
-        self.model, self._processor = model, processor
+    With `compiled`, decode steps go through `torch.compile`: slow the first time, then faster.
+    """
+
+    def __init__(self, model: Llava, processor: Processor | None = None, *, compiled: bool = False) -> None:
+        self.model, self._processor, self.compiled = model, processor, compiled
+        self._step = compiled_decode_step(self.device) if compiled else decode_step
         self.config = model.config
         self._spare: KVCache | None = None  # the last batch's buffers, for the next of the same kind
 
@@ -143,7 +148,7 @@ class VLM:
         if spare is not None and spare.policy == policy and len(spare.tracks) == len(samples):
             spare.reset(samples)
             return spare
-        return KVCache(self.config.text, policy, samples, device=self.device)
+        return KVCache(self.config.text, policy, samples, device=self.device, static=self.compiled)
 
     @torch.no_grad()
     def image_features(self, pixel_values: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -166,7 +171,7 @@ class VLM:
         started = time.perf_counter()
         features = [] if inputs.pixel_values is None else self.image_features(inputs.pixel_values, inputs.image_sizes)
         rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths.tolist())]
-        return Generation(self.model, cache, rows, features, sampling, observer, started)
+        return Generation(self.model, cache, rows, features, sampling, observer, started, self._step)
 
 
 class Stream:

@@ -8,11 +8,13 @@ dtype plus a fixed staging buffer.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from minivlm.compile import missing_compiler
 from minivlm.config import VLMConfig
 from minivlm.errors import UserError
 from minivlm.llava import Llava
@@ -27,18 +29,28 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _LARGE = 1 << 30  # bytes on disk from which on a progress bar is worth its line
 
 
-def load(model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto", progress: bool = True) -> VLM:
+def load(
+    model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto", compile: bool | None = None, progress: bool = True
+) -> VLM:
     """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint: a folder, a hub id (`owner/name`), or None for the bundled demo.
 
     `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.  `dtype`: auto (the checkpoint's on CUDA,
-    float32 on the CPU), float32, bfloat16 or float16.  `progress`: a bar on a terminal's stderr for what is
+    float32 on the CPU), float32, bfloat16 or float16.  `compile`: whether decode steps go through torch.compile; None
+    means on CUDA only, as on a CPU it takes tens of seconds, which a long answer of a large model earns back.  Where
+    there is no compiler all runs eagerly, with a line on stderr.  `progress`: a bar on a terminal's stderr for what is
     larger than 1 GiB.  A folder without tokenizer.json loads with `processor` None: such a model takes ids and
     pixels, not text.  Raises `UserError` for whatever is wrong with the checkpoint or does not fit the device.
     """
     folder = find_checkpoint(model)
     # First what is small, so that a mistake in it is told before gigabytes are read.
     processor = Processor.from_folder(folder, read_config(folder)) if (folder / "tokenizer.json").is_file() else None
-    return VLM(load_model(folder, device=device, dtype=dtype, progress=progress), processor)
+    loaded = load_model(folder, device=device, dtype=dtype, progress=progress)
+    where = loaded.lm_head.weight.device
+    wanted = where.type == "cuda" if compile is None else compile
+    missing = missing_compiler(where) if wanted else None
+    if missing:
+        print(f"note: decoding runs eagerly: {missing}", file=sys.stderr)
+    return VLM(loaded, processor, compiled=wanted and not missing)
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progress: bool = True) -> Llava:

@@ -1,0 +1,44 @@
+"""torch.compile for the decode step: one graph for each kind of step, reused for every token, prompt and turn.
+
+Everything that changes from step to step is a tensor, buffers come in buckets of slots, and a policy's kinds of steps
+are told apart by one string; so a graph is built once per kind, batch and bucket.  On CUDA the graphs are recorded
+(CUDA graphs), on a CPU inductor fuses the single-query attention into one pass over keys and values.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minivlm.cache.kv import KVCache
+from minivlm.generate import decode_step
+from minivlm.llava import Llava
+
+# Graphs of one process: kinds of steps x policies x batch sizes x buckets. Past it torch would refuse to compile more.
+MAX_GRAPHS = 256
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Why `torch.compile` cannot work for this device here, or None if it can."""
+    if device.type == "cuda":
+        return None if torch.utils._triton.has_triton() else "Triton is not installed"
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return None if any(name and shutil.which(name) for name in compilers) else "there is no C++ compiler"
+
+
+def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str, Tensor, Tensor], Tensor]:
+    """`decode_step`, compiled at its first call; for caches made with `static=True`."""
+    cuda = device.type == "cuda"
+    step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
+
+    def run(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
+        if cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, accumulated_recompile_limit=MAX_GRAPHS):
+            return step(model, cache, kind, token, stop)
+
+    return run
