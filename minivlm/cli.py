@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minivlm.cache.settings import spellings
+from minivlm.cache.settings import CacheSettings, spellings
 from minivlm.errors import UserError
 
 
@@ -57,6 +57,13 @@ def complain(error: UserError) -> None:
 def note(text: str) -> None:
     """Tell in one line on stderr what is no mistake, but may not be expected."""
     print(f"note: {text}", file=sys.stderr)
+
+
+def note_settings(settings: CacheSettings, args: argparse.Namespace) -> None:
+    """Tell what a user who chose a policy may not expect of it."""
+    if any(name == "policy" or name.startswith("cache.") for name in vars(args)):
+        for line in settings.notes():
+            note(line)
 
 
 def expect_writable(path: Path) -> None:

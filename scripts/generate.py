@@ -15,7 +15,7 @@ from minivlm.cache import settings as cache
 from minivlm.cache.record import Recorder
 from minivlm.cache.settings import parse_bool
 from minivlm.chat import converse, show
-from minivlm.cli import Parser, expect_writable, note, run, write_whole
+from minivlm.cli import Parser, expect_writable, note_settings, run, write_whole
 from minivlm.errors import UserError
 from minivlm.generate import Sampling
 from minivlm.images import load_image
@@ -26,10 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     settings = cache.from_args(args, args.seed)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    for line in settings.notes() if args.policy_given else ():
-        note(line)
     images = [load_image(path) for path in args.image]
     vlm = weights.load(args.model, device=args.device, dtype=args.dtype, compile=args.compile)
+    note_settings(settings, args)
     if args.chat:
         converse(vlm.chat(sampling=sampling, settings=settings), images, args.prompt, args.stats)
         return
@@ -60,7 +59,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.flag("overlay_layer", type=int, metavar="L", help="the layer drawn beside the mean over layers (the middle one)")
     cache.add_arguments(parser)
     args = parser.parse_args(arguments)
-    args.policy_given = hasattr(args, "policy") or any(name.startswith("cache.") for name in vars(args))
     if args.prompt is None and not args.chat:
         raise UserError("expected --prompt TEXT, or --chat")
     if args.overlay and (args.chat or not args.image):
