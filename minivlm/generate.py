@@ -43,7 +43,9 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     """One token id per row of logits [B, V]; each row draws from its own generator, without waiting for the device."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
+    logits = logits.float()
+    # The largest becomes 0 before the division, so that no temperature is too small.
+    probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
         ordered[ordered.cumsum(dim=-1) - ordered >= sampling.top_p] = 0  # the token that crosses top_p stays
@@ -108,9 +110,8 @@ class Generation:
         self.intact = True  # whether all layers of the cache hold the same tokens: not after an exception within a step
         stop = () if sampling.ignore_eos else model.config.eos_token_ids
         self._stop = torch.tensor(stop, dtype=torch.int64, device=device)
-        self._generators = [
-            torch.Generator(device).manual_seed(sampling.seed * 1_000_003 + track.sample) for track in cache.tracks
-        ]
+        seeds = [(sampling.seed * 1_000_003 + track.sample) % 2**63 for track in cache.tracks]
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         started = time.perf_counter() if started is None else started
         self._first = choose(prefill_step(model, cache, input_ids, features, sampling.max_new_tokens, observer), sampling, self._generators)
         self._first.tolist()  # waits for the device

@@ -89,7 +89,14 @@ class Processor:
         return self.render([*history, self.user_message(text, num_images)])
 
     def user_message(self, text: str, num_images: int = 0) -> dict:
-        """A user's message with its images first, unless `<image>` in the text says where they stand."""
+        """A user's message with its images first, unless `<image>` in the text says where they stand.
+
+        Raises `UserError` for a text that is none: a command line's stray bytes become characters no tokenizer takes.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt is not valid Unicode (character {error.start + 1})") from None
         images = 0 if self.image_token in text else num_images
         return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 

@@ -18,7 +18,7 @@ class RandomVision(AdaptiveVision):
     seed: int = 0
 
     def scores(self, attention: Tensor, layer: int, sample: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + sample) * 1_009 + layer)
+        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + sample) * 1_009 + layer) % 2**63)
         return torch.rand(attention.shape, generator=generator).to(attention.device)
 
 
