@@ -136,20 +136,19 @@ class KVCache:
 
     def _make_tables(self) -> None:
         """Per sequence and step, on the device: tail entries to attend to, whether one is evicted, what is protected."""
-        width = bucket(self.max_steps)
-        tables = torch.zeros(3, len(self.tracks), width, dtype=torch.int64)
-        for b, track in enumerate(self.tracks):
-            for step in range(self.max_steps):
-                seen = len(track.managed) + step + 1
-                evict = track.tail[step + 1] <= track.tail[step]
-                protected = self._position(track, seen - self._limits(seen)[1])
-                tables[:, b, step] = torch.tensor((track.tail[step] + 1, evict, protected))
+        surplus = [(0, 0, 0)] * (bucket(self.max_steps) - self.max_steps)
+        rows = [[self._step_row(track, step) for step in range(self.max_steps)] + surplus for track in self.tracks]
+        tables = torch.tensor(rows, dtype=torch.int64).view(len(rows), -1, 3).permute(2, 0, 1)  # [3, B, steps]
         if self.tables.shape != tables.shape:
-            self.tables = torch.empty_like(tables, device=self.device)
+            self.tables = torch.empty(tables.shape, dtype=torch.int64, device=self.device)
         self.tables.copy_(tables)
         self.base.copy_(torch.tensor([track.seen for track in self.tracks]))
         self.fed.zero_()
         self.active.fill_(True)
+
+    def _step_row(self, track: Track, step: int) -> tuple[int, bool, int]:
+        seen = len(track.managed) + step + 1
+        return track.tail[step] + 1, track.tail[step + 1] <= track.tail[step], self._position(track, seen - self._limits(seen)[1])
 
     # --- decode --------------------------------------------------------------------------------------------------
 
