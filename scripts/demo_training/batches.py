@@ -24,7 +24,7 @@ CHARS = 1 + len(pages.CHARACTERS)                    # classes of a character sl
 FIELDS = 1 + len(pages.FIELD_NAMES)                  # classes of "which field's value is here", 0 is none
 OFFSETS = 11                                         # classes of "how many patches into the value"
 _CHAR_CLASS = {c: 1 + i for i, c in enumerate(pages.CHARACTERS)}
-_QUESTIONS, _SUFFIXED, _LONG, _SECOND_TURN = 8, 0.45, 0.45, 0.1
+_QUESTIONS, _SUFFIXED, _LONG, _SECOND_TURN = 6, 0.45, 0.5, 0.1     # short ones a page; shares
 
 
 @dataclass
@@ -87,8 +87,8 @@ def _segments(rng: random.Random, page: pages.Page) -> list[list[pages.Question]
     """Conversations about a page: mostly one question each."""
     asked = rng.sample(page.fields, min(len(page.fields), _QUESTIONS))
     singles = [[pages.short_question(rng, f)] for f in asked]
-    if rng.random() < _LONG:
-        long = pages.long_question(rng, page, rng.choice(pages.LONG_KINDS))
+    for kind in pages.LONG_KINDS:
+        long = pages.long_question(rng, page, kind) if rng.random() < _LONG else None
         if long:
             singles.append([long])
     if rng.random() < _SECOND_TURN * len(singles):

@@ -19,7 +19,7 @@ from .model import DemoTrainer
 from .text import Encoder, build_tokenizer
 
 WARM_UP, COOL_DOWN = 0.01, 0.35                      # shares of a stage's budget
-POINTER_FADES, POINTER_GONE = 0.35, 0.6
+POINTER_FADES, POINTER_GONE = 0.5, 0.75
 LOG_SECONDS, SAVE_SECONDS = 20, 120
 
 
@@ -99,13 +99,13 @@ class Run:
 
     @torch.no_grad()
     def _held_out(self) -> dict[str, float]:
-        """Characters and whole turns right on a few held-out pages, the reference answer being fed."""
+        """Shares of short and long answers all right on a few held-out pages, the reference answer being fed."""
         rng, rights = random.Random("held-out"), []
         for _ in range(6):
             batch = draw_batch(rng, self.trainer.config, self.encoder, "heldout", 8).to(self.device)
             with autocast(self.device):
                 rights.append(self.trainer.answer_losses(batch, self.encoder.prefix)[1])
-        return {f"held_{k}": sum(float(r[k]) for r in rights) / len(rights) for k in ("read", "char", "turn")}
+        return {f"held_{k}": sum(float(r[k]) for r in rights) / len(rights) for k in ("short", "long")}
 
     def _step(self, batch: Batch, stage: int, progress: float, rate: float, tower_rate: float, sums: dict) -> None:
         batch = batch.to(self.device)

@@ -182,8 +182,10 @@ class DemoTrainer(nn.Module):
         ends = F.pad((batch.targets[:, :-1] != IGNORE) & (batch.targets[:, 1:] == IGNORE), (0, 1))
         turn = F.pad(ends.long().cumsum(1), (1, 0))[:, :-1]
         errors = torch.zeros(count, int(turn.max()) + 1, device=image.device).scatter_add_(1, turn, wrong)
-        present = torch.zeros_like(errors).scatter_add_(1, turn, rows.float()) > 0
-        return losses, {"read": right, "char": 1 - wrong.sum() / rows.sum(), "turn": (errors[present] == 0).float().mean()}
+        length = torch.zeros_like(errors).scatter_add_(1, turn, rows.float())
+        exact = (errors == 0).float()
+        return losses, {"read": right, "short": exact[(length > 0) & (length <= 40)].mean(),
+                        "long": exact[length > 40].sum() / (length > 40).sum().clamp(min=1)}
 
     @staticmethod
     def _text_rows(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], attention: _PackedAttention) -> Tensor:

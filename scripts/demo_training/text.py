@@ -17,7 +17,7 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
 VOCAB_SIZE = 512                                     # 4 + 256 bytes + merges, filled up to a multiple of 64
 
 CHAT_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}{% else %}\
+{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}{% else %}\
 {{ message['role'] | upper + ': ' }}{% endif %}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
 {% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}\
