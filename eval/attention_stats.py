@@ -1,0 +1,227 @@
+"""What attention looks at while a model answers: the analysis behind A-VL (AAAI 2025, arXiv 2409.14846), on any pages.
+
+- Concordance: |T1 and T2| / (p · N) of two attention rows over N vision tokens, T the top p · N of each.  Between the
+  layers of a step it says how alike layers are (the paper: low, heterogeneity), between steps of a layer how fast a
+  layer's choice moves (high for near steps, continuity).  Two random rows have p.
+- Decay: the attention that a text token gets, by its age in text tokens.
+- Mass: the shares of attention on system prefix, vision and text, by step.
+
+A row is the mean over all query heads of the attention of a step's last query.  Step 0 is the last token of the prompt.
+Nothing is evicted: the model runs on the full cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from minivlm import attention
+from minivlm.cache.kv import Decode, KVCache
+from minivlm.cache.prefill import Prefill
+from minivlm.cache.ranking import best_first
+from minivlm.cache.settings import CacheSettings
+from minivlm.errors import UserError
+from minivlm.generate import Sampling
+from minivlm.vlm import VLM
+
+CLASSES = ("system", "vision", "text")
+
+
+@dataclass(frozen=True)
+class PageRows:
+    """The attention rows of one answer."""
+
+    rows: list[Tensor]  # per step [L, columns]; from step to step one column more
+    is_vision: Tensor  # bool [S], of the prompt
+    answer: str
+
+    @property
+    def system(self) -> int:
+        """Tokens before the first vision token."""
+        return int(self.is_vision.nonzero()[0])
+
+
+class WatchedCache(KVCache):
+    """A full cache for one sequence, whose passes leave their attention rows in `rows`: per step a list of one [n] per layer.
+
+    It keeps the keys of all layers once more, in the order of the tokens, so that it needs to know nothing of slots.
+    """
+
+    def prefill(self, is_vision: Sequence[Tensor], max_new_tokens: int) -> _Watch:
+        run = super().prefill(is_vision, max_new_tokens)
+        self.rows: list[list[Tensor]] = []
+        self.keys: list[Tensor] = []  # per layer [H_kv, S + steps, D]
+        self.columns = len(is_vision[0]) + self.max_steps
+        return _Watch(self, run)
+
+    def decode(self, kind: str) -> _Watch:
+        return _Watch(self, super().decode(kind))
+
+
+class _Watch:
+    """A pass over a cache that computes its last query's attention rows beside it."""
+
+    def __init__(self, cache: WatchedCache, run: Prefill | Decode) -> None:
+        self.cache, self.run = cache, run
+        self.before = 0 if not cache.rows else cache.tracks[0].seen + len(cache.rows) - 1
+        cache.rows.append([])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.run, name)
+
+    def survivors(self, layer: int) -> Tensor | None:
+        return self.run.survivors(layer)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        held, end = self.cache.keys, self.before + k.shape[2]
+        if layer == len(held):
+            held.append(k.new_empty(k.shape[1], self.cache.columns, k.shape[3]))
+        held[layer][:, self.before : end] = k[0]
+        row = attention.rows(q[0, :, -1:], held[layer][:, :end], torch.tensor([end], device=q.device))  # [H_kv, 1, end]
+        self.cache.rows[-1].append(row.sum(dim=0)[0] / q.shape[1])
+        return self.run.attend(layer, q, k, v)
+
+
+def watch(vlm: VLM, prompt: str, image: Image.Image, max_new_tokens: int) -> PageRows:
+    """Answer one question about one page, greedily, and return every step's rows."""
+    inputs = vlm.processor([vlm.processor.question(prompt, 1)], [[image]])
+    cache = WatchedCache(vlm.config.text, CacheSettings().build(vlm.config.text.num_hidden_layers), device=vlm.device)
+    generation = vlm.generate(inputs, cache, Sampling(max_new_tokens))
+    for _ in generation:
+        pass
+    steps = 1 + int(cache.fed[0])  # on a GPU one more may have been started
+    rows = [torch.stack(layers).cpu() for layers in cache.rows[:steps]]
+    return PageRows(rows, inputs.input_ids[0] == vlm.config.image_token_index, vlm.processor.decode(generation.tokens[0]))
+
+
+def concordance(rows: Tensor, share: float) -> Tensor:
+    """The concordance index [R, R] of each two of the rows [R, N]: of their top int(share · N), the part they have in common.
+
+    Ties go to the lower index.  Raises `UserError` where int(share · N) is 0.
+    """
+    count = int(share * rows.shape[-1])
+    if count < 1:
+        raise UserError(f"the top {share:g} of {rows.shape[-1]} vision tokens is not a single one")
+    best = best_first(rows.float(), torch.arange(rows.shape[-1]))[..., :count]
+    top = torch.zeros(rows.shape).scatter(-1, best, 1.0)
+    return top @ top.mT / count
+
+
+def page_statistics(page: PageRows, shares: Sequence[float], distances: int) -> dict[str, Tensor]:
+    """What one page says, float32; NaN where its answer is too short.
+
+    layers [P, L, L]: concordance of layers for each of `shares`, mean over steps.  steps [P, L, distances]: of steps
+    1 ... distances apart.  decay [L, T]: attention by age, 0 the token itself.  mass [L, steps, 3] by `CLASSES`.
+    """
+    vision, steps = page.is_vision.nonzero()[:, 0], len(page.rows)
+    seen = torch.stack([row[:, vision] for row in page.rows])  # [steps, L, N]
+    across = torch.stack([torch.stack([concordance(step, share) for step in seen]).mean(dim=0) for share in shares])
+    along = torch.full((len(shares), seen.shape[1], distances), torch.nan)
+    for i, share in enumerate(shares):
+        for layer in range(seen.shape[1]):
+            index = concordance(seen[:, layer], share)  # [steps, steps]
+            for distance in range(1, min(distances, steps - 1) + 1):
+                along[i, layer, distance - 1] = index.diagonal(distance).mean()
+    by_age, mass = [], []
+    for row in page.rows:
+        is_text = torch.ones(row.shape[1], dtype=torch.bool)
+        is_text[vision] = is_text[: page.system] = False
+        text = row[:, is_text]
+        by_age.append(text.flip(1))
+        parts = (row[:, : page.system].sum(dim=1), row[:, vision].sum(dim=1), text.sum(dim=1))
+        mass.append(torch.stack(parts, dim=-1))
+    return {"layers": across, "steps": along, "decay": _stacked(by_age).nanmean(dim=0), "mass": torch.stack(mass, dim=1)}
+
+
+def statistics(pages: Iterable[PageRows], shares: Sequence[float], distances: int) -> dict[str, Any]:
+    """The means over pages, each counting the same, as lists for JSON (None where no answer is long enough).
+
+    Raises `UserError` for shares outside (0, 1], for no pages, and as `concordance`.
+    """
+    if not all(0 < share <= 1 for share in shares):
+        raise UserError(f"the shares of top tokens are {', '.join(f'{share:g}' for share in shares)} (expected above 0, up to 1)")
+    found, tokens = [], []
+    for page in pages:
+        found.append(page_statistics(page, shares, distances))
+        tokens.append((int(page.is_vision.sum()), len(page.rows)))
+    if not found:
+        raise UserError("there are no pages to look at")
+    layers = found[0]["layers"].shape[-1]
+    across, along = (torch.stack([page[name] for page in found]) for name in ("layers", "steps"))
+    decay = _stacked([page["decay"] for page in found])  # [pages, L, T]
+    mass = _stacked([page["mass"].transpose(1, 2) for page in found])  # [pages, L, 3, steps]
+    others = ~torch.eye(layers, dtype=torch.bool)
+    return {
+        "pages": len(found),
+        "layers": layers,
+        "vision_tokens": [vision for vision, _ in tokens],
+        "steps": [steps for _, steps in tokens],
+        "concordance": [
+            {
+                "share": share,  # also the index of two random rows
+                "between_layers": _listed(across[:, i].mean(dim=0)),
+                "between_layers_mean": _listed(across[:, i].mean(dim=0)[others].mean()),
+                "between_steps": _listed(along[:, i].nanmean(dim=0)),  # [L, distances]
+                "between_steps_mean": _listed(along[:, i].nanmean(dim=(0, 1))),
+            }
+            for i, share in enumerate(shares)
+        ],
+        "text_decay": {"by_layer": _listed(decay.nanmean(dim=0)), "mean": _listed(decay.nanmean(dim=(0, 1)))},
+        "mass": {
+            name: {"by_step": _listed(mass[:, :, i].nanmean(dim=(0, 1))), "by_layer": _listed(mass[:, :, i].nanmean(dim=2).mean(dim=0))}
+            for i, name in enumerate(CLASSES)
+        },
+    }
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors that differ in their last dimension, filled up with NaN."""
+    longest = max(tensor.shape[-1] for tensor in tensors)
+    return torch.stack([F.pad(tensor, (0, longest - tensor.shape[-1]), value=torch.nan) for tensor in tensors])
+
+
+def _listed(values: Tensor) -> Any:
+    """Nested lists of rounded numbers, None for NaN."""
+    if values.ndim:
+        return [_listed(value) for value in values]
+    return None if values.isnan() else round(float(values), 6)
+
+
+def draw(stats: dict[str, Any], path: Any) -> None:
+    """Heat maps of the layers' concordance, and below them continuity, decay and mass as lines; needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subfigures(2, 1)
+    for axes, each in zip(above.subplots(1, len(stats["concordance"]), squeeze=False)[0], stats["concordance"]):
+        image = axes.imshow(each["between_layers"], vmin=0, vmax=1, cmap="viridis")
+        axes.set_title(f"top {each['share']:.0%}, mean {each['between_layers_mean'] or 0:.2f}")
+        axes.set_xlabel("layer")
+    above.axes[0].set_ylabel("layer")
+    above.colorbar(image, ax=above.axes, label="concordance between layers")
+
+    steps, decay, mass = below.subplots(1, 3)
+    for i, each in enumerate(stats["concordance"]):
+        values = [value for value in each["between_steps_mean"] if value is not None]
+        steps.plot(range(1, len(values) + 1), values, marker="o", markersize=3, color=f"C{i}", label=f"top {each['share']:.0%}")
+        steps.axhline(each["share"], color=f"C{i}", linestyle=":", linewidth=1)
+    steps.set(xlabel="steps apart", ylabel="concordance between steps", ylim=(0, 1.02))
+    steps.legend(title="dotted: by chance")
+    decay.plot(stats["text_decay"]["mean"])
+    decay.set(xlabel="age of a text token (text tokens)", ylabel="attention it gets", yscale="log")
+    for name in CLASSES:
+        mass.plot(stats["mass"][name]["by_step"], label=name)
+    mass.set(xlabel="step (0: the prompt's last token)", ylabel="share of attention", ylim=(0, 1.02))
+    mass.legend()
+    for axes in below.axes:
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{stats['pages']} pages, {stats['layers']} layers")
+    figure.savefig(path, dpi=150, format="png")
