@@ -1,29 +1,25 @@
 """`python -m eval …` measures; `python -m eval compare A B …` and `python -m eval sweep …` put runs side by side."""
 
-import sys
+from collections.abc import Sequence
 
-from minivlm.errors import UserError
+from minivlm import cli
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command -> exit status: 2 for a user's mistake, 130 when interrupted."""
+def main(arguments: Sequence[str]) -> None:
+    """Runs one of the three commands; raises `UserError` for a user's mistake."""
+    name, rest = (arguments[0], arguments[1:]) if arguments[:1] in (["compare"], ["sweep"]) else ("", arguments)
+    if name == "compare":
+        from .compare import main as command
+    elif name == "sweep":
+        from .sweep import main as command
+    else:
+        from .command import main as command
     try:
-        if arguments[:1] == ["compare"]:
-            from . import compare as command
-        elif arguments[:1] == ["sweep"]:
-            from . import sweep as command
-        else:
-            from . import command
-            arguments = ["", *arguments]
-        command.main(arguments[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        command(rest)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        cli.note("interrupted; the same command goes on from here")
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli.run(main)

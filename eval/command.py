@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import torch
 
 import weights
 from minivlm.cache import settings as cache
-from minivlm.cache.settings import parse_bool, spellings
+from minivlm.cache.settings import parse_bool
+from minivlm.cli import Parser, note
 from minivlm.errors import UserError
 
 from .processes import Processes
@@ -27,46 +27,29 @@ from .tasks import GROUPS, TASKS, open_tasks
 
 _ADAPTERS = ("llava", "llava_hf")  # lmms-eval's names of model classes: the checkpoint is in --model_args
 _MODEL_ARGS = ("pretrained", "device", "dtype", "batch_size")
+_SWITCH = dict(type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL")
 _WITHOUT_MEANING = ("num_fewshot", "verbosity", "timezone", "wandb_args")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are `UserError`s: one line, as everywhere."""
-
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a run, each in both spellings."""
-
-    def flag(name: str, **options) -> None:
-        parser.add_argument(*spellings(name), dest=name, **options)
-
-    flag("model", help="checkpoint folder or hub id (the bundled demo checkpoint)")
-    flag("model_args", default="", help="pretrained=MODEL,device=…,dtype=…,batch_size=…; wins over the flags")
-    flag("tasks", default="demo", help=f"comma-separated: {', '.join((*GROUPS, *TASKS))}")
-    flag("data", help="folder, JSON file or hub id of the data (the task's own on the hub)")
-    flag("limit", type=float, help="only the first N samples of a task, or that share of them")
-    flag("batch_size", type=int, default=1)
-    flag("device", default="auto", help="auto, cpu, cuda or cuda:N")
-    flag("dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    flag("seed", type=int, default=0, help="of the demo's pages and of random eviction (0)")
-    flag("output_path", type=Path, default=Path("results"), help="where the folders of runs are (results)")
-    flag("log_samples", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL",
-         help="keep prompt, references and token ids of every sample too")
-    flag("log_samples_suffix", default="", help="ends the folder's name")
-    flag("predict_only", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="do not score")
+def add_arguments(parser: Parser) -> None:
+    """The flags of a run."""
+    parser.model_flags()
+    parser.flag("model_args", default="", metavar="NAME=VALUE,…", help="pretrained (the model), device, dtype, batch_size; win over the flags")
+    parser.flag("tasks", default="demo", metavar="NAME,…", help=f"{', '.join((*GROUPS, *TASKS))}; or list (demo)")
+    parser.flag("data", metavar="DIR|FILE|HUB_ID", help="of the tasks' data (each task's own on the hub; the demo draws pages)")
+    parser.flag("limit", type=float, metavar="N", help="only the first N samples of a task, or that share of them")
+    parser.flag("batch_size", type=int, default=1, metavar="B", help="(1)")
+    parser.flag("output_path", type=Path, default=Path("results"), metavar="DIR", help="where the folders of runs are (results)")
+    parser.flag("log_samples", **_SWITCH, help="keep prompt, references and token ids of every sample too")
+    parser.flag("log_samples_suffix", default="", metavar="S", help="ends the name of the run's folder")
+    parser.flag("predict_only", **_SWITCH, help="do not score")
     for name in _WITHOUT_MEANING:
-        flag(name, help=argparse.SUPPRESS)
+        parser.flag(name, help=argparse.SUPPRESS)
     cache.add_arguments(parser)
 
 
-def parse(arguments: Sequence[str], parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str], parser: Parser) -> argparse.Namespace:
     """Flags -> namespace, with `--model_args` resolved into them and `notes` on what has no meaning here."""
-    if parser is None:
-        parser = Parser("python -m eval", description="Measures a checkpoint with a KV policy on a data set.", allow_abbrev=False)
-        add_arguments(parser)
     args = parser.parse_args(arguments)
     args.notes = [f"--{name} has no meaning here" for name in _WITHOUT_MEANING if getattr(args, name) is not None]
     given = {}
@@ -119,7 +102,9 @@ def loader(args: argparse.Namespace):
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m eval …`: one run, its summary on stdout."""
-    args = parse(arguments)
+    parser = Parser(__doc__, "python -m eval")
+    add_arguments(parser)
+    args = parse(arguments, parser)
     if args.tasks == "list":
         print("\n".join((*GROUPS, *TASKS)))
         return
@@ -127,8 +112,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         prepared = prepare(args)
         if processes.rank == 0:
-            for note in prepared.notes:
-                print(f"note: {note}", file=sys.stderr)
+            for line in prepared.notes:
+                note(line)
         folder, results = run(prepared, args.output_path, loader(args), processes)
         if processes.rank == 0:
             print(summary(results, folder))

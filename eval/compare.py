@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from minivlm.cli import Parser
 from minivlm.errors import UserError
 
-from .command import Parser
 from .results import read_json, read_rows
 
 _DRAWS = 10_000
@@ -80,25 +80,33 @@ def table(runs: Sequence[Finished], kinds: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def differences(first: Finished, other: Finished, task: str, metric: str) -> list[float]:
+    """Other minus first in a metric, for every sample of a task that both have scored."""
+    pairs = [(first.rows[key].get("scores", {}), other.rows[key].get("scores", {}))
+             for key in first.rows if key in other.rows and key[0] == task]
+    return [theirs[metric] - ours[metric] for ours, theirs in pairs if metric in ours and metric in theirs]
+
+
+def in_words(found: Sequence[float]) -> str:
+    """The mean of paired differences, its interval, and how often each side won."""
+    low, high = paired_bootstrap(found)
+    wins, losses = sum(d > 0 for d in found), sum(d < 0 for d in found)
+    return (f"{sum(found) / len(found):+.4f}, 95 % interval {low:+.4f} … {high:+.4f}; "
+            f"better on {wins}, worse on {losses}, equal on {len(found) - wins - losses}")
+
+
 def against(first: Finished, other: Finished) -> str:
     """What differs in the settings, and per task and metric the difference, its interval, and who won how often."""
     settings = ", ".join(_changes(first.results["settings"], other.results["settings"])) or "the same settings"
     lines = [f"{other.name} against {first.name} ({settings}):"]
     shared = [(first.rows[key], other.rows[key]) for key in first.rows if key in other.rows]
-    for task in dict.fromkeys(a["task"] for a, _ in shared):
+    for task in dict.fromkeys(row["task"] for row, _ in shared):
         pairs = [(a, b) for a, b in shared if a["task"] == task]
         flips = sum(a["prediction"] != b["prediction"] for a, b in pairs)
         lines.append(f"  {task}: {len(pairs)} samples in both, {flips} answers differ ({flips / len(pairs):.1%})")
-        for metric in pairs[0][0].get("scores", ()):
-            scored = [(a["scores"][metric], b["scores"][metric]) for a, b in pairs
-                      if metric in a.get("scores", ()) and metric in b.get("scores", ())]
-            if not scored:
-                continue
-            differences = [b - a for a, b in scored]
-            low, high = paired_bootstrap(differences)
-            wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-            lines.append(f"    {metric} {sum(differences) / len(scored):+.4f}, 95 % interval {low:+.4f} … {high:+.4f}; "
-                         f"better on {wins}, worse on {losses}, equal on {len(scored) - wins - losses}")
+        for metric in _metrics(first.results["results"][task]):
+            if found := differences(first, other, task, metric):
+                lines.append(f"    {metric} {in_words(found)}")
     if not shared:
         lines.append("  no sample in both")
     return "\n".join(lines)
@@ -106,7 +114,7 @@ def against(first: Finished, other: Finished) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the table, then every run against the first."""
-    parser = Parser("python -m eval compare", description="Puts finished runs side by side.")
+    parser = Parser("Puts finished runs side by side, each against the first.", "python -m eval compare")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its results.json")
     runs = [Finished.read(path) for path in parser.parse_args(arguments).runs]
     print("\n".join([table(runs), *(against(runs[0], other) for other in runs[1:])]))

@@ -23,7 +23,7 @@ def share_of(stats: Any, samples: int) -> dict[str, float]:
     return {
         "prefill_s": stats.prefill_s / samples,
         "decode_s": stats.decode_s / samples,
-        "decode_steps": stats.decode_steps / samples,
+        "decoded_tokens": stats.decoded_tokens / samples,
         "prompt_tokens": stats.prompt_tokens / samples,
         "vision_tokens": stats.vision_tokens / samples,
         "new_tokens": stats.new_tokens / samples,
@@ -46,10 +46,9 @@ def cost(rows: Iterable[dict]) -> dict[str, float]:
     if not shares:
         return {}
     total = {name: math.fsum(share[name] for share in shares) for name in shares[0]}
-    later = total["new_tokens"] - len(shares)
     return {
         "prefill_ms": 1000 * total["prefill_s"] / len(shares),
-        "decode_ms_per_token": 1000 * total["decode_s"] / later if later > 0 else 0.0,
+        "decode_ms_per_token": 1000 * total["decode_s"] / total["decoded_tokens"] if total["decoded_tokens"] else 0.0,
         "prompt_tokens": total["prompt_tokens"] / len(shares),
         "vision_tokens": total["vision_tokens"] / len(shares),
         "new_tokens": total["new_tokens"] / len(shares),

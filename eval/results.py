@@ -11,7 +11,6 @@ A process killed at any moment leaves at worst one torn line at the end, which t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minivlm.cli import write_whole
 from minivlm.errors import UserError
 
 from .anls import mean
@@ -74,7 +74,7 @@ class RunFolder:
             if differing := _differing(read_json(stored), self.settings):
                 raise UserError(f"{self.path}: holds a run with other settings ({differing}); name another --output_path")
         else:
-            write_whole(stored, self.settings)
+            write_json(stored, self.settings)
         return {(row["task"], row["index"]): row for row in read_rows(self.samples, repair=True)}
 
     def append(self, rows: Sequence[dict]) -> None:
@@ -88,23 +88,18 @@ class RunFolder:
             finally:
                 os.close(file)
         except OSError as error:
-            raise _unwritten(self.samples, error, "; what was answered before is kept, the same command goes on") from None
+            kept = "what was answered before is kept, the same command goes on from there"
+            raise UserError(f"{self.samples}: cannot be written ({error.strerror}); {kept}") from None
 
     def finish(self, results: dict) -> None:
         """Writes results.json."""
-        write_whole(self.results, results)
+        write_json(self.results, results)
 
 
-def write_whole(path: Path, content: dict | list | bytes) -> None:
-    """Writes JSON or bytes to a scratch name and renames it: the file is whole or not there."""
-    data = content if isinstance(content, bytes) else json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
-    scratch = path.with_name(path.name + ".part")
-    try:
-        scratch.write_bytes(data)
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise _unwritten(path, error) from None
+def write_json(path: Path, content: dict | list) -> None:
+    """Writes JSON whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -166,8 +161,3 @@ def _differing(stored: Any, now: Any, name: str = "") -> str:
                 return found
         return ""
     return "" if stored == now else f"{name} {stored!r} there, {now!r} now"
-
-
-def _unwritten(path: Path, error: OSError, hint: str = "") -> UserError:
-    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-    return UserError(f"{path}: cannot be written ({reason}){hint}")

@@ -28,7 +28,7 @@ from minivlm.vlm import Answer, Request, Sampling
 from .data import Dataset, Sample
 from .processes import Processes
 from .report import document, share_of
-from .results import RunFolder, read_json, write_whole
+from .results import RunFolder, read_json, write_json
 from .tasks import Task
 
 _AHEAD = 2  # batches whose images are decoded, or being decoded, while the model answers
@@ -106,7 +106,7 @@ def run(run: Run, root: Path, load: Callable[[], Model], processes: Processes = 
             raise NothingAnswered(f"task {task.name}: none of its {len(found)} samples could be answered; {found[0]['error']}")
         if task.submission:
             predictions = [{"questionId": row["id"], "answer": row.get("prediction", "")} for row in found]
-            write_whole(folder.path / f"{task.name}_for_submission.json", predictions)
+            write_json(folder.path / f"{task.name}_for_submission.json", predictions)
     results = document(run, answered, model, time.perf_counter() - started, processes.world)
     folder.finish(results)
     return folder.path, results

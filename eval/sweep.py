@@ -15,13 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minivlm.cache import settings as cache
-from minivlm.cache.settings import spellings
+from minivlm.cli import Parser, note, write_whole
 from minivlm.errors import UserError
 
 from . import command
 from .compare import Finished, table
 from .processes import Processes
-from .results import write_whole
+from .results import write_json
 from .runner import NothingAnswered, run
 from .tasks import TASKS
 
@@ -43,7 +43,7 @@ def run_cells(cells: Sequence[dict], args: argparse.Namespace, processes: Proces
     """The run that `args` describe, once with each cell's flags on top -> the cells with the content of their
     results.json, or with the reason why one was `refused`."""
     base, load = command.prepare(args), command.loader(args)
-    parser = command.Parser()
+    parser = Parser("")
     cache.add_arguments(parser)
     done = []
     for cell in cells:
@@ -65,7 +65,8 @@ def run_cells(cells: Sequence[dict], args: argparse.Namespace, processes: Proces
 def describe(cells: Sequence[dict], kinds: Sequence[str] = ()) -> str:
     """The cells as a Markdown table (with the scores of some question types), and what was refused below it."""
     text = table([Finished(cell["name"], cell, {}) for cell in cells if "refused" not in cell], kinds)
-    return text + "".join(f"- {cell['name']} was refused: {cell['refused']}\n" for cell in cells if "refused" in cell)
+    refused = [f"- {cell['name']} was refused: {cell['refused']}\n" for cell in cells if "refused" in cell]
+    return "\n".join([text, "".join(refused)]) if refused else text
 
 
 def draw(cells: Sequence[dict], path: Path) -> bool:
@@ -76,10 +77,10 @@ def draw(cells: Sequence[dict], path: Path) -> bool:
     """
     cells = [cell for cell in cells if any(numbers["n"] for numbers in cell.get("results", {}).values())]
     if not cells:
-        print("note: no picture, since nothing was scored", file=sys.stderr)
+        note("no picture, since nothing was scored")
         return False
     if find_spec("matplotlib") is None:
-        print("note: no picture without matplotlib (pip install 'minivlm[plots]')", file=sys.stderr)
+        note("no picture without matplotlib (pip install 'minivlm[plots]')")
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -106,16 +107,16 @@ def draw(cells: Sequence[dict], path: Path) -> bool:
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.suptitle(f"{task}, n = {most}")
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda scratch: figure.savefig(scratch, dpi=150))
     return True
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the grid; the flags of `python -m eval` hold for all its cells."""
-    parser = command.Parser("python -m eval sweep", description="Runs policies at KV budgets.", allow_abbrev=False)
-    parser.add_argument(*spellings("policies"), nargs="+", default=list(cache.REGISTRY), help="the policies (all)")
-    parser.add_argument(*spellings("budgets"), nargs="+", type=float, default=list(BUDGETS),
-                        help=f"shares of the prompt's KV bytes ({' '.join(map(str, BUDGETS))}); `full` runs once, without one")
+    parser = Parser("Runs policies at KV budgets; the other flags hold for all cells.", "python -m eval sweep")
+    parser.flag("policies", nargs="+", default=list(cache.REGISTRY), help="(all)")
+    parser.flag("budgets", nargs="+", type=float, default=list(BUDGETS),
+                help=f"shares of the prompt's KV bytes ({' '.join(map(str, BUDGETS))}); `full` runs once, without one")
     command.add_arguments(parser)
     args = command.parse(arguments, parser)
     processes = Processes.join()
@@ -125,8 +126,8 @@ def main(arguments: Sequence[str]) -> None:
             if all("refused" in cell for cell in cells):
                 raise UserError(f"no cell of the sweep could be run; {cells[0]['refused']}")
             text = describe(cells)
-            write_whole(args.output_path / "sweep.json", {"cells": cells})
-            write_whole(args.output_path / "sweep.md", text.encode())
+            write_json(args.output_path / "sweep.json", {"cells": cells})
+            write_whole(args.output_path / "sweep.md", lambda scratch: scratch.write_text(text))
             draw(cells, args.output_path / "sweep.png")
             print(text + str(args.output_path / "sweep.json"))
     finally:

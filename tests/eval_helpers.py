@@ -5,13 +5,15 @@ As a script it is `python -m eval` with that model in place of the loaded one.
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 from PIL import Image
 
+import weights
+from eval.__main__ import main
+from minivlm import cli
 from minivlm.errors import UserError
 
 WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliett".split()
@@ -58,8 +60,8 @@ class Reader:
         if budget < 0.06:
             raise UserError("--kv_budget 0.05 cannot be met")
         stats = SimpleNamespace(
-            prefill_s=0.5 * len(requests), decode_s=0.25 * len(requests), decode_steps=4, prompt_tokens=30 * len(requests),
-            vision_tokens=20 * len(requests), new_tokens=5 * len(requests), live_bytes=1000 * budget * len(requests),
+            prefill_s=0.5 * len(requests), decode_s=0.25 * len(requests), prompt_tokens=30 * len(requests),
+            vision_tokens=20 * len(requests), new_tokens=5 * len(requests), decoded_tokens=4 * len(requests), live_bytes=1000 * budget * len(requests),
             nbytes=1500 * len(requests), full_bytes=2000 * len(requests), entries_read_per_step={"text": 6, "vision": 10})
         answers = []
         for request in requests:
@@ -92,10 +94,16 @@ def read_run(output):
     return results, rows
 
 
-if __name__ == "__main__":
-    import weights
-    from eval.__main__ import main
+def evaluate(arguments):
+    """`python -m eval` in this process -> its exit status."""
+    try:
+        cli.run(main, list(map(str, arguments)))
+    except SystemExit as status:
+        return status.code
+    return 0
 
+
+if __name__ == "__main__":
     model = Reader(float(os.environ.get("READER_DELAY", 0)))
     weights.load = lambda *args, **kwargs: model
-    sys.exit(main(sys.argv[1:]))
+    cli.run(main)

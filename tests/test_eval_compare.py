@@ -4,14 +4,17 @@ import importlib.util
 import json
 import random
 import statistics
+from pathlib import Path
 
 import pytest
-from eval_helpers import Reader, write_checkpoint, write_docvqa
+from eval_helpers import Reader, evaluate, write_checkpoint, write_docvqa
 from PIL import Image
 
 import weights
-from eval.__main__ import main
 from eval.compare import paired_bootstrap
+from minivlm import cli
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -32,10 +35,10 @@ def only(folder):
 
 def test_compare(place, capsys):
     tmp_path, _, flags = place
-    assert main([*flags, "--output_path", str(tmp_path / "a")]) == 0
-    assert main([*flags, "--output_path", str(tmp_path / "b"), "--policy", "avl", "--kv_budget", "0.5", "--limit", "8"]) == 0
+    assert evaluate([*flags, "--output_path", str(tmp_path / "a")]) == 0
+    assert evaluate([*flags, "--output_path", str(tmp_path / "b"), "--policy", "avl", "--kv_budget", "0.5", "--limit", "8"]) == 0
     capsys.readouterr()
-    assert main(["compare", only(tmp_path / "a"), str(tmp_path / "b"), only(tmp_path / "a") + "/results.json"]) == 0
+    assert evaluate(["compare", only(tmp_path / "a"), str(tmp_path / "b"), only(tmp_path / "a") + "/results.json"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0] == ("| docvqa_val | n | failed | exact_match | anls | KV MiB a page | of full | prefill ms | decode ms/token |")
@@ -51,14 +54,14 @@ def test_compare(place, capsys):
 
 def test_compare_refuses_what_is_no_run(place, capsys):
     tmp_path, _, flags = place
-    assert main(["compare", str(tmp_path / "nothing")]) == 2
+    assert evaluate(["compare", str(tmp_path / "nothing")]) == 2
     assert "nothing: no results.json (expected the folder of a finished run)" in capsys.readouterr().err
     for limit in "12":
-        assert main([*flags, "--output_path", str(tmp_path / "a"), "--limit", limit]) == 0
+        assert evaluate([*flags, "--output_path", str(tmp_path / "a"), "--limit", limit]) == 0
     capsys.readouterr()
-    assert main(["compare", str(tmp_path / "a")]) == 2
+    assert evaluate(["compare", str(tmp_path / "a")]) == 2
     assert capsys.readouterr().err.endswith("a: 2 runs; name one of them (expected the folder of a finished run)\n")
-    assert main(["compare"]) == 2
+    assert evaluate(["compare"]) == 2
 
 
 def test_bootstrap_against_a_plain_one():
@@ -79,10 +82,10 @@ def test_sweep(place, capsys):
     tmp_path, model, flags = place
     output = tmp_path / "sweep"
     sweep = ["sweep", *flags, "--output-path", str(output), "--policies", "full", "avl", "h2o", "--budgets"]
-    assert main([*sweep, "0.5", "0.2"]) == 0
+    assert evaluate([*sweep, "0.5", "0.2"]) == 0
     asked = len(model.asked)
     assert asked == 50
-    assert main([*sweep, "0.5", "0.2", "0.05"]) == 0
+    assert evaluate([*sweep, "0.5", "0.2", "0.05"]) == 0
     assert len(model.asked) == asked                         # what is done is not asked again
     captured = capsys.readouterr()
     cells = json.loads((output / "sweep.json").read_text())["cells"]
@@ -101,7 +104,7 @@ def test_sweep(place, capsys):
 
 
 def test_a_sweep_without_scores_has_no_picture(place, capsys):
-    assert main(["sweep", *place[2], "--output_path", str(place[0] / "out"), "--policies", "full", "--predict_only"]) == 0
+    assert evaluate(["sweep", *place[2], "--output_path", str(place[0] / "out"), "--policies", "full", "--predict_only"]) == 0
     assert "note: no picture, since nothing was scored" in capsys.readouterr().err
     assert "| full | 0 | 0 |" in (place[0] / "out" / "sweep.md").read_text()
 
@@ -111,5 +114,20 @@ def test_a_sweep_without_scores_has_no_picture(place, capsys):
     (["--budgets", "half"], "argument --budgets: invalid float value: 'half'"),
 ])
 def test_sweep_refuses_what_cannot_run(place, capsys, flags, message):
-    assert main(["sweep", *place[2], "--output_path", str(place[0] / "out"), *flags]) == 2
+    assert evaluate(["sweep", *place[2], "--output_path", str(place[0] / "out"), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_page_of_results(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import results
+
+    cli.run(results.main, [*place[2], "--output_path", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")])
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "| full | 10 | 0 | 0.6000 ± 0.1633 |" in text and "| avl, window 16 50% | 10 | 0 | 0.3000" in text
+    assert "- random 5% was refused: task docvqa_val: none of its 10 samples" in text
+    assert "Against `full`: exact match -0.3000, 95 % interval" in text and "`avl` minus `h2o` at half: +0.0000" in text
+    sections = json.loads((tmp_path / "docs" / "results.json").read_text())
+    assert [len(sections[name]) for name in ("policies", "windows", "parts")] == [26, 15, 10]
+    assert all("refused" not in cell for cell in sections["parts"])
+    assert ("![policies:" in text) == (tmp_path / "docs" / "policies.png").exists() == (importlib.util.find_spec("matplotlib") is not None)

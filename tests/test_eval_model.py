@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from eval_helpers import read_run
+from eval_helpers import evaluate, read_run
 
-from eval.__main__ import main
 from eval.pages import write_docvqa
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +40,7 @@ POLICIES = {
 def test_batch_size_changes_no_float32_answer(place, tmp_path, policy):
     for size in ("1", "7"):
         arguments = [*place[1], *POLICIES[policy], "--batch_size", size, "--output_path", str(tmp_path / size), "--dtype", "float32"]
-        assert main(arguments) == 0
+        assert evaluate(arguments) == 0
     assert answers(tmp_path / "1") == answers(tmp_path / "7")
     assert len({prediction for prediction, *_ in answers(tmp_path / "1").values()}) > 1
     single, batch = (read_run(tmp_path / size)[0]["cost"]["docvqa_val"] for size in ("1", "7"))
@@ -53,7 +52,7 @@ def test_batch_size_changes_no_float32_answer(place, tmp_path, policy):
 
 
 def test_results_record_the_prompt(place, tmp_path):
-    assert main([*place[1], "--limit", "2", "--output_path", str(tmp_path)]) == 0
+    assert evaluate([*place[1], "--limit", "2", "--output_path", str(tmp_path)]) == 0
     results, _ = read_run(tmp_path)
     assert results["template"] == "USER: <image>\n{question} ASSISTANT:"
     assert results["prompts"]["docvqa_val"].endswith("\nAnswer the question using a single word or phrase. ASSISTANT:")
@@ -62,15 +61,15 @@ def test_results_record_the_prompt(place, tmp_path):
 
 def test_half_precision_flips_are_counted(place, tmp_path, capsys):
     for size in ("1", "4"):
-        assert main([*place[1], "--batch_size", size, "--dtype", "bfloat16", "--output_path", str(tmp_path / size)]) == 0
-    assert main(["compare", str(tmp_path / "1"), str(tmp_path / "4")]) == 0
+        assert evaluate([*place[1], "--batch_size", size, "--dtype", "bfloat16", "--output_path", str(tmp_path / size)]) == 0
+    assert evaluate(["compare", str(tmp_path / "1"), str(tmp_path / "4")]) == 0
     flips = sum(a[0] != b[0] for a, b in zip(answers(tmp_path / "1").values(), answers(tmp_path / "4").values()))
     assert f"9 samples in both, {flips} answers differ ({flips / 9:.1%})" in capsys.readouterr().out
 
 
 def test_two_processes_answer_as_one(place, tmp_path):
     more = ["--batch_size", "2", "--policy", "avl", "--output_path"]
-    assert main([*place[1], *more, str(tmp_path / "one")]) == 0
+    assert evaluate([*place[1], *more, str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval"]
     done = subprocess.run([*torchrun, *place[1], *more, str(tmp_path / "two")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)

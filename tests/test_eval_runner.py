@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import eval_helpers
 import pytest
 from eval_helpers import Reader, read_run, truth, write_checkpoint, write_docvqa
 
 import weights
 from eval import results as results_module
-from eval.__main__ import main
 from eval.data import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,8 @@ def place(tmp_path, monkeypatch):
 
 
 def evaluate(place, *more, out="out", tasks="docvqa_val"):
-    return main(["--model", str(place[0] / "model"), "--data", str(place[0] / "data"), "--tasks", tasks,
-                 "--output_path", str(place[0] / out), *map(str, more)])
+    return eval_helpers.evaluate(["--model", place[0] / "model", "--data", place[0] / "data", "--tasks", tasks,
+                                  "--output_path", place[0] / out, *more])
 
 
 def test_scores_and_cost_of_a_run(place, capsys):
@@ -190,16 +190,16 @@ def test_a_full_disk_loses_nothing(place, monkeypatch, capsys, target):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    real, real_bytes = os.write, Path.write_bytes
+    real, real_text = os.write, Path.write_text
     with monkeypatch.context() as patch:
         if target == "samples.jsonl":
             patch.setattr(results_module.os, "write", lambda file, data: full() if len(place[1].asked) > 4 else real(file, data))
         else:
-            patch.setattr(Path, "write_bytes", lambda path, data: full() if "results" in path.name else real_bytes(path, data))
+            patch.setattr(Path, "write_text", lambda path, *args, **more: full() if "results" in path.name else real_text(path, *args, **more))
         assert evaluate(place) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and f"{target}: cannot be written (the disk is full)" in error
-    assert not list((place[0] / "out").glob("*/results.json")) and not list((place[0] / "out").glob("*/*.part"))
+    assert error.startswith("error: ") and f"{target}: cannot be written (No space left on device)" in error
+    assert not list((place[0] / "out").glob("*/results.json")) and not list((place[0] / "out").glob("*/.*"))
     asked = len(place[1].asked)
     assert evaluate(place) == 0
     assert len(place[1].asked) == (asked + 6 if target == "samples.jsonl" else 10)
@@ -246,7 +246,7 @@ def test_the_original_command_line(place, capsys):
         --tasks docvqa --batch_size 1 --log_samples --output_path {place[0] / "out"} --log_samples_suffix llava_1_5_7b
         --vision_adaptive_attention true --vision_adaptive_attention_rate 0.5 --vision_adaptive_attention_compute_rate 0.7
         --vision_adaptive_attention_update_interval 3 --data {place[0] / "data"}"""
-    assert main(arguments.split()) == 0
+    assert eval_helpers.evaluate(arguments.split()) == 0
     captured = capsys.readouterr()
     assert "note: --model_args device_map=auto has no meaning here" in captured.err
     (path,) = (place[0] / "out").glob("docvqa_full_llava_1_5_7b_*/results.json")
