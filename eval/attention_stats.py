@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,12 +54,12 @@ class WatchedCache(KVCache):
     It keeps the keys of all layers once more, in the order of the tokens, so that it needs to know nothing of slots.
     """
 
-    def prefill(self, is_vision: Sequence[Tensor], max_new_tokens: int) -> _Watch:
-        run = super().prefill(is_vision, max_new_tokens)
+    def prefill(self, is_vision: Sequence[Tensor], max_new_tokens: int, rows_at_once: int | None = None) -> list[_Watch]:
+        (run,) = super().prefill(is_vision, max_new_tokens, rows_at_once)
         self.rows: list[list[Tensor]] = []
         self.keys: list[Tensor] = []  # per layer [H_kv, S + steps, D]
         self.columns = len(is_vision[0]) + self.max_steps
-        return _Watch(self, run)
+        return [_Watch(self, run)]
 
     def decode(self, kind: str) -> _Watch:
         return _Watch(self, super().decode(kind))
@@ -193,7 +194,7 @@ def _listed(values: Tensor) -> Any:
     return None if values.isnan() else round(float(values), 6)
 
 
-def draw(stats: dict[str, Any], path: Any) -> None:
+def draw(stats: dict[str, Any], path: Path) -> None:
     """Heat maps of the layers' concordance, and below them continuity, decay and mass as lines; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
