@@ -67,7 +67,8 @@ def _lines(first: str | None) -> Iterator[str]:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
-            print()
+            if sys.stdin.isatty():
+                print()
             return
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not text in {error.encoding}") from None

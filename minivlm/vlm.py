@@ -231,8 +231,12 @@ class Conversation:
             inputs = processor([processor.next_turn(self.messages, message)], [loaded], continues=True)
             inputs = _behind(inputs, self._last.unfed(0))
             self._check_room(int(inputs.lengths[0]))
-        self._last = None  # until the prefill is over
-        self._last = self.vlm.generate(inputs, self.cache, self.sampling)
+        last, self._last = self._last, None  # an interrupted prefill leaves the cache half changed,
+        try:
+            self._last = self.vlm.generate(inputs, self.cache, self.sampling)
+        except UserError:  # a refused one leaves it as it was
+            self._last = last
+            raise
         self.messages = [*self.messages, message]
         self.images = [*self.images, *loaded]
         return Stream(processor, self._last)
