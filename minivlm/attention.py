@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROW_BLOCK = 128  # queries per block wherever weights are materialised
+_COLUMN_BLOCK = 512  # keys that are in float32 at once
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,10 +58,14 @@ def rows(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     exactly 0.  Returns [H_kv, R, M].
     """
     heads, count, dim = q.shape
-    groups = heads // len(k)
-    q = q.reshape(len(k), groups * count, dim).float() * dim**-0.5
-    weights = (q @ k.float().transpose(1, 2)).view(len(k), groups, count, -1)  # [H_kv, G, R, M]
-    hidden = torch.arange(k.shape[1], device=k.device) >= visible[:, None]
+    (kv_heads, columns, _), groups = k.shape, heads // len(k)
+    q = q.reshape(kv_heads, groups * count, dim).float() * dim**-0.5
+    weights = q.new_empty(kv_heads, groups * count, columns)
+    for first in range(0, columns, _COLUMN_BLOCK):  # else 16-bit keys would be there a second time, in 32 bits
+        block = slice(first, first + _COLUMN_BLOCK)
+        torch.bmm(q, k[:, block].float().transpose(1, 2), out=weights[..., block])
+    weights = weights.view(kv_heads, groups, count, columns)
+    hidden = torch.arange(columns, device=k.device) >= visible[:, None]
     return weights.masked_fill_(hidden, -torch.inf).softmax(dim=-1).sum(dim=1)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from minivlm.cache.kv import KVCache
 from minivlm.generate import decode_step
@@ -25,7 +26,7 @@ MAX_GRAPHS = 256
 def missing_compiler(device: torch.device) -> str | None:
     """Why `torch.compile` cannot work for this device here, or None if it can."""
     if device.type == "cuda":
-        return None if torch.utils._triton.has_triton() else "Triton is not installed"
+        return None if has_triton() else "Triton is not installed"
     compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
     return None if any(name and shutil.which(name) for name in compilers) else "there is no C++ compiler"
 
@@ -37,6 +38,9 @@ def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str,
 
     def run(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
         if cuda:
+            if cache.steps == 0:  # a turn's buffers never move, so the graphs may read and write them where they are
+                for buffer in cache.buffers():
+                    torch._dynamo.mark_static_address(buffer, guard=False)
             torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, accumulated_recompile_limit=MAX_GRAPHS):
             return step(model, cache, kind, token, stop)

@@ -19,6 +19,8 @@ from minivlm.cache.record import Observer
 from minivlm.errors import UserError
 from minivlm.llava import Llava
 
+PREFILL_TOKENS = 32768  # tokens, padding included, that go through a layer at once
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -59,16 +61,24 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
 def prefill_step(
     model: Llava, cache: KVCache, input_ids: Sequence[Tensor], features: Sequence[Tensor], max_new_tokens: int, observer: Observer | None = None
 ) -> Tensor:
-    """Prefill the new tokens [S_b] of each sequence, with the features of all their images, and return logits [B, V]."""
+    """Prefill the new tokens [S_b] of each sequence, with the features of all their images, and return logits [B, V].
+
+    As many sequences go through the layers at once as make up `PREFILL_TOKENS`, which bounds the activations.
+    """
     device = model.lm_head.weight.device
-    run = cache.prefill([ids.cpu() == model.config.image_token_index for ids in input_ids], max_new_tokens)
-    positions = pad_sequence([torch.arange(len(turn.is_vision)) + turn.start for turn in run.turns], batch_first=True)
-    ids = pad_sequence(list(input_ids), batch_first=True)
-    hidden = model(model.embed(ids.to(device), features), positions.to(device), run)
+    is_vision = [ids.cpu() == model.config.image_token_index for ids in input_ids]
+    rows_at_once = max(1, PREFILL_TOKENS // max(len(ids) for ids in input_ids))
+    embeds = model.embed(pad_sequence(list(input_ids), batch_first=True).to(device), features)
+    passes = cache.prefill(is_vision, max_new_tokens, rows_at_once)
+    logits = []
+    for run in passes:
+        positions = pad_sequence([torch.arange(len(turn.is_vision)) + turn.start for turn in run.turns], batch_first=True)
+        hidden = model(embeds[run.span.start : run.span.stop, : positions.shape[1]], positions.to(device), run)
+        last = torch.tensor(run.lengths, device=device) - 1
+        logits.append(model.lm_head(hidden[torch.arange(len(last), device=device), last]))
     if observer is not None:
-        observer.prefilled(cache, run)
-    last = torch.tensor(run.lengths, device=device) - 1
-    return model.lm_head(hidden[torch.arange(len(last), device=device), last])
+        observer.prefilled(cache, passes[0])
+    return torch.cat(logits)
 
 
 def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, S, D]
         k = self.k_proj(x).view(heads).transpose(1, 2)  # [B, H_kv, S, D]
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        out = cache.attend(self.layer, rotate(q, rope), rotate(k, rope), v)  # [B, H, S, D]
+        q, k = rotate(q, rope), rotate(k, rope)  # under the old names: in prefill the unrotated ones are as large
+        out = cache.attend(self.layer, q, k, v)  # [B, H, S, D]
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 

@@ -59,7 +59,7 @@ class Player:
         """One prefill of ragged embeddings [S_b, C]."""
         if self.poison and self.logits:
             self._poison()
-        run = self.cache.prefill(is_vision, max_new_tokens)
+        (run,) = self.cache.prefill(is_vision, max_new_tokens)
         positions = [torch.arange(len(e)) + turn.start for e, turn in zip(embeds, run.turns)]
         pad = torch.nn.utils.rnn.pad_sequence
         hidden = self.model(pad(list(embeds), batch_first=True), pad(positions, batch_first=True), run)

@@ -92,7 +92,7 @@ def batch(prompts: Sequence[Prompt]) -> ModelInputs:
 def prompt_logits(vlm: VLM, inputs: ModelInputs, features: Sequence[Tensor]) -> list[Tensor]:
     """Logits [S, V] of every position of each prompt, prefilled into a full cache."""
     rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths)]
-    run = vlm.new_cache(CacheSettings(), range(len(rows))).prefill([ids == vlm.config.image_token_index for ids in rows], 1)
+    (run,) = vlm.new_cache(CacheSettings(), range(len(rows))).prefill([ids == vlm.config.image_token_index for ids in rows], 1)
     positions = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     hidden = vlm.model(vlm.model.embed(inputs.input_ids, features), positions, run)
     return [vlm.model.lm_head(row[: len(ids)]) for row, ids in zip(hidden, rows)]

@@ -144,7 +144,7 @@ def test_a_conversation_without_pruning_is_one_long_prompt(heads, static):
     whole = torch.cat(said)
     # Each part's features are drawn for itself, as its turn drew them.
     rows = torch.cat([embed(model, [ids])[0] for ids in said])
-    alone = KVCache(model.config.text, CacheSettings().build(3)).prefill([whole == 47], 1)
+    (alone,) = KVCache(model.config.text, CacheSettings().build(3)).prefill([whole == 47], 1)
     with torch.no_grad():
         logits = model.lm_head(model(rows[None], torch.arange(len(whole))[None], alone)[0])
     torch.testing.assert_close(torch.cat(player.logits), logits[ends], atol=1e-4, rtol=0)

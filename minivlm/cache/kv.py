@@ -12,7 +12,7 @@ indexed by tensors, so a step neither allocates nor waits for the device:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,8 +69,10 @@ class KVCache:
 
     # --- a turn --------------------------------------------------------------------------------------------------
 
-    def prefill(self, is_vision: Sequence[Tensor], max_new_tokens: int) -> Prefill:
-        """Begin a turn: the pass for its new tokens, with room for an answer of `max_new_tokens` >= 1.
+    def prefill(self, is_vision: Sequence[Tensor], max_new_tokens: int, rows_at_once: int | None = None) -> list[Prefill]:
+        """Begin a turn: passes over its new tokens, to be run in this order, with room for `max_new_tokens` >= 1.
+
+        A pass takes `rows_at_once` sequences (all, if None; and all in a later turn, whose old entries share buffers).
 
         is_vision holds one bool tensor [S_b] per sequence, on the CPU; the answer's last token is never stored, so in a
         later turn it comes first.  Raises `UserError` where the new tokens leave the model's context or the policy's
@@ -94,7 +96,10 @@ class KVCache:
         self._make_tables()
         self.kinds = []
         self.turns += 1
-        return Prefill(self.policy, self.layers, turns, self.turns > 1, self.config.num_hidden_layers, self.device)
+        later, batch = self.turns > 1, len(turns)
+        step = batch if later or rows_at_once is None else rows_at_once
+        spans = [range(first, min(first + step, batch)) for first in range(0, batch, step)]
+        return [Prefill(self.policy, self.layers, turns, span, later, self.config.num_hidden_layers, self.device) for span in spans]
 
     def _turn(self, track: Track, is_vision: Tensor, stored: int) -> Turn:
         """Advance one sequence's bookkeeping by the stored answer and the turn's new tokens."""
@@ -181,6 +186,12 @@ class KVCache:
                 layer.reselect(self.active)
         self.fed += self.active
         self.kinds.append(kind)
+
+    def buffers(self) -> Iterator[Tensor]:
+        """All tensors that a decode step reads or writes."""
+        yield from (self.tables, self.fed, self.base, self.active)
+        for layer in self.layers:
+            yield from layer.buffers()
 
     # --- accounting ----------------------------------------------------------------------------------------------
 

@@ -98,8 +98,11 @@ class Layer:
         Bookkeeping: 4 bytes a slot and head right of `tail` for scores where there is a budget, 4 bytes a slot left of
         `tail`, 8 bytes a head for the next slot, 24 bytes for the boundaries.
         """
+        return sum(t.nbytes for t in self.buffers())
+
+    def buffers(self) -> list[Tensor]:
         held = (self.k, self.v, self.position, self.score, self.vision_row, self.next_slot, self.bounds)
-        return sum(t.nbytes for t in held if t is not None)
+        return [t for t in held if t is not None]
 
     def live_slots(self, b: int, tail: int) -> Tensor:
         """Slots [H_kv, n] of row b's entries, `tail` of them in the tail, in the order of the layout.

@@ -65,14 +65,17 @@ class Columns:
 
 
 class Prefill:
-    """One turn's pass; to be handed to the decoder as its cache.
+    """One turn's pass for the sequences of `span`; to be handed to the decoder as its cache.
 
-    `lengths` are the rows of each sequence that go on after the last layer; the last of them yields the logits.
+    A large batch is prefilled in several passes, one after the other, into the same buffers.  `lengths` are the rows of
+    each sequence that go on after the last layer; the last of them yields the logits.
     """
 
-    def __init__(self, policy: Policy, layers: list[Layer], turns: Sequence[Turn], later: bool, num_layers: int, device: torch.device) -> None:
-        self.policy, self.layers, self.turns, self.later, self.num_layers = policy, layers, turns, later, num_layers
-        self.rows = [Rows(torch.arange(len(t.is_vision), device=device), t.is_vision.to(device)) for t in turns]
+    def __init__(self, policy: Policy, layers: list[Layer], turns: Sequence[Turn], span: range, later: bool, num_layers: int, device: torch.device) -> None:
+        self.policy, self.layers, self.later, self.num_layers = policy, layers, later, num_layers
+        self.batch, self.span = turns, span
+        self.turns = [turns[b] for b in span]
+        self.rows = [Rows(torch.arange(len(t.is_vision), device=device), t.is_vision.to(device)) for t in self.turns]
         self.whole = policy.budget is not None and policy.budget.over == "all"
         self._filter_scores: list[Tensor] = []
 
@@ -82,18 +85,17 @@ class Prefill:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the turn's tokens: q [B, H, S, D], k and v [B, H_kv, S, D] -> [B, H, S, D]; stores what stays."""
-        columns = [self._columns(layer, b, k[b, :, :n], v[b, :, :n]) for b, n in enumerate(self.lengths)]
+        columns = [self._columns(layer, i, k[i, :, :n], v[i, :, :n]) for i, n in enumerate(self.lengths)]
         if self.later:
             out = torch.zeros_like(q)
-            for b, (c, n) in enumerate(zip(columns, self.lengths)):
-                out[b, :, :n] = attention.prefill_after(q[b : b + 1, :, :n], c.k[None], c.v[None])[0]
+            for i, (c, n) in enumerate(zip(columns, self.lengths)):
+                out[i, :, :n] = attention.prefill_after(q[i : i + 1, :, :n], c.k[None], c.v[None])[0]
         else:
             out = attention.prefill(q, k, v)
-        plans = [self._plan(columns[b].past, turn, len(self.rows[b].vision)) for b, turn in enumerate(self.turns)]
-        store = self._allocate(layer, plans, k)
+        store = self._allocate(layer, [self._plan(layer, b) for b in range(len(self.batch))], k)
         self._filter_scores = []
-        for b, c in enumerate(columns):
-            self._store(store, layer, b, c, q[b, :, : len(self.rows[b])])
+        for i, c in enumerate(columns):
+            self._store(store, layer, i, c, q[i, :, : len(self.rows[i])])
         return out
 
     def survivors(self, layer: int) -> Tensor | None:
@@ -102,19 +104,19 @@ class Prefill:
         if chosen is None or layer != chosen.layer - 1 or layer == self.num_layers - 1:
             return None
         kept = []
-        for b, (rows, turn) in enumerate(zip(self.rows, self.turns)):
-            best = best_first(self._filter_scores[b], rows.vision)[: chosen.keep(turn.prompt)]
+        for i, (rows, turn) in enumerate(zip(self.rows, self.turns)):
+            best = best_first(self._filter_scores[i], rows.vision)[: chosen.keep(turn.prompt)]
             index = torch.cat((rows.other, rows.vision[best])).sort().values
             is_vision = torch.isin(index, rows.vision[best])
             kept.append(index)
-            self.rows[b] = Rows(rows.index[index], is_vision)
+            self.rows[i] = Rows(rows.index[index], is_vision)
         return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
 
-    def _columns(self, layer: int, b: int, k: Tensor, v: Tensor) -> Columns:
-        position = (self.turns[b].start + self.rows[b].index).int().expand(len(k), -1)
+    def _columns(self, layer: int, i: int, k: Tensor, v: Tensor) -> Columns:
+        position = (self.turns[i].start + self.rows[i].index).int().expand(len(k), -1)
         if not self.later:
             return Columns(k, v, position, None, Row(0, 0, 0, 0, 0))
-        held, tail = self.layers[layer], self.turns[b].past_tail
+        held, b, tail = self.layers[layer], self.span[i], self.turns[i].past_tail
         slots, heads = held.live_slots(b, tail), torch.arange(len(k), device=k.device)[:, None]
         row = held.rows[b]
         return Columns(
@@ -125,16 +127,19 @@ class Prefill:
             past=Row(row.secondary, row.core, row.system, tail, 0),
         )
 
-    def _plan(self, past: Row, turn: Turn, vision: int) -> Row:
-        """What one sequence will hold in a layer that computed `vision` new vision rows."""
+    def _plan(self, layer: int, b: int) -> Row:
+        """What a sequence of the batch will hold in a layer: counts alone, so known before any pass has run."""
+        turn, past = self.batch[b], self.layers[layer].rows[b] if self.later else Row(0, 0, 0, 0, 0)
         if self.whole:
             return Row(0, 0, 0, turn.tail, turn.capacity)
-        kept, core = past.secondary + past.core + vision, past.secondary + past.core + vision
+        new = turn.prompt.vision
+        if self.policy.filter is not None and layer >= self.policy.filter.layer:
+            new = min(self.policy.filter.keep(turn.prompt), new)
+        core = new
         if self.policy.vision is not None:
-            new = min(self.policy.vision.keep(turn.prompt), vision)
-            kept = past.secondary + past.core + new
-            core = past.core + min(self.policy.vision.core(turn.prompt), new)
-        return Row(kept - core, core, past.system + turn.system, turn.tail, turn.capacity)
+            new = min(self.policy.vision.keep(turn.prompt), new)
+            core = min(self.policy.vision.core(turn.prompt), new)
+        return Row(past.secondary + new - core, past.core + core, past.system + turn.system, turn.tail, turn.capacity)
 
     def _allocate(self, layer: int, plans: list[Row], like: Tensor) -> Layer:
         scored = self.policy.budget is not None
@@ -146,13 +151,14 @@ class Prefill:
         self.layers.insert(layer, Layer(plans, like.shape[1], like.shape[3], scored, like.dtype, like.device))
         return self.layers[layer]
 
-    def _store(self, store: Layer, layer: int, b: int, c: Columns, q: Tensor) -> None:
+    def _store(self, store: Layer, layer: int, i: int, c: Columns, q: Tensor) -> None:
         """Choose one sequence's entries in one layer and write them where the layout wants them."""
-        plan, rows, past = store.rows[b], self.rows[b], c.past
+        b = self.span[i]
+        plan, rows, past, turn = store.rows[b], self.rows[i], c.past, self.turns[i]
         filtering = self.policy.filter is not None and layer == self.policy.filter.layer - 1
         attended = None
         if (self.policy.vision is not None or filtering) and past.secondary + past.core + len(rows.vision):
-            attended = self._attended(c, q, len(rows.other) - self.turns[b].system)  # [M]
+            attended = self._attended(c, q, len(rows.other) - turn.system)  # [M]
         if filtering:
             none = torch.zeros(0, device=q.device)
             self._filter_scores.append(attended[c.before + rows.vision] if len(rows.vision) else none)
@@ -160,15 +166,16 @@ class Prefill:
             fixed = rows.index[:0]
             tail = torch.arange(c.before + len(rows), device=q.device)
         else:
-            fixed = self._fixed(plan, c, rows, attended, layer, self.turns[b])
-            new_text = rows.other[self.turns[b].system :]
+            fixed = self._fixed(plan, c, rows, attended, layer, turn)
+            new_text = rows.other[turn.system :]
             tail = torch.cat((torch.arange(past.fixed, c.before, device=q.device), c.before + new_text))
         heads = torch.arange(len(c.k), device=q.device)[:, None]
-        tail, score = self._tail(c, rows, q, tail, self.turns[b])
+        tail, score = self._tail(c, rows, q, tail, turn)
         index = torch.cat((fixed.expand(len(heads), -1), tail), dim=1)  # [H_kv, n]
         window = slice(store.tail - plan.fixed, store.tail + plan.tail)
-        store.k[b, :, window] = c.k[heads, index]
-        store.v[b, :, window] = c.v[heads, index]
+        entries = index[..., None].expand(-1, -1, c.k.shape[2])  # [H_kv, n, D]
+        torch.gather(c.k, 1, entries, out=store.k[b, :, window])  # in place: no second copy of what stays
+        torch.gather(c.v, 1, entries, out=store.v[b, :, window])
         store.position[b, :, window] = c.position[heads, index]
         if attended is not None:
             store.vision_row[b, store.tail - plan.fixed :] = attended[fixed]
