@@ -33,14 +33,15 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         return lambda flag, **options: sub.add_argument(*spellings(flag), dest=flag, **options)
 
-    flag = command("train", "Train; writes RUN/state.pt every two minutes and a line to RUN/log.jsonl every 20 seconds.")
+    flag = command("train", "Train; writes RUN/state.pt every two minutes and, every 20 seconds, a line to "
+                   "RUN/log.jsonl: losses, shares of short and long answers without a mistake, pages a second.")
     flag("run", type=Path, required=True, help="folder of the run")
     flag("resume", action="store_true", help="go on from RUN/state.pt")
     flag("stage", choices=("1", "2", "all"), default="all",
          help="1: the vision tower learns to name the characters in each patch; 2: everything learns to answer (all)")
     flag("time_budget", type=float, default=5940, help="seconds of training over all sittings; stage 1 gets an "
-         "eighteenth, the learning rate falls to zero at the end (5940, meant for two CPU cores)")
-    flag("pages", type=int, default=16, help="pages a step (16)")
+         "eighteenth, the learning rate falls to a fiftieth at the end (5940, meant for two CPU cores)")
+    flag("pages", type=int, default=8, help="pages a step (8)")
     flag("rate", type=float, default=2e-3, help="learning rate (0.002)")
     flag("tower_rate", type=float, default=3e-4, help="learning rate of the vision tower in stage 2 (0.0003)")
     flag("device", choices=("auto", "cpu", "cuda"), default="auto", help="computes in bfloat16 on either (auto)")
@@ -98,6 +99,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on from its last saved state with --resume", file=sys.stderr)
+        return 130
     return 0
 
 
