@@ -59,7 +59,7 @@ class Case:
 
 
 def tiny_model(
-    seed: int, layers: int = 3, heads: tuple[int, int] = (4, 2), head_dim: int = 8, hidden: int = 32, peak: float = 2.0
+    seed: int, layers: int = 3, heads: tuple[int, int] = (4, 2), head_dim: int = 8, hidden: int = 32, peak: float = 2.0, context: int = 512
 ) -> Llava:
     """A LLaVA-1.5 with random weights, float32; attention logits have a standard deviation of about `peak`.
 
@@ -68,7 +68,7 @@ def tiny_model(
     text = TextConfig(
         model_type="llama", vocab_size=48, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=layers,
         num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim, rms_norm_eps=1e-5,
-        rope_theta=10000.0, context_length=512,
+        rope_theta=10000.0, context_length=context,
     )  # fmt: skip
     vision = VisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14,
