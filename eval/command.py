@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 import weights
 from minivlm.cache import settings as cache
-from minivlm.cache.settings import parse_bool
+from minivlm.cache.settings import CacheSettings, parse_bool
 from minivlm.cli import Parser, note
 from minivlm.errors import UserError
+from minivlm.vlm import VLM
+from weights.build import read_config
 
 from .processes import Processes
 from .report import summary
 from .results import fingerprint
-from .runner import Run, run
+from .runner import Run, evaluate
 from .tasks import GROUPS, TASKS, open_tasks
 
 _ADAPTERS = ("llava", "llava_hf")  # lmms-eval's names of model classes: the checkpoint is in --model_args
@@ -77,6 +79,7 @@ def prepare(args: argparse.Namespace) -> Run:
     settings = cache.from_args(args, args.seed)
     folder = weights.find_checkpoint(args.model)
     device = "cuda" if args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available() else "cpu"
+    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else read_config(folder).dtype
     name = "demo" if args.model is None else folder.name if Path(args.model).expanduser().is_dir() else args.model
     tasks, notes = open_tasks(args.tasks, args.data, args.seed, args.limit)
     opened = {task.name for task, _ in tasks}
@@ -84,18 +87,18 @@ def prepare(args: argparse.Namespace) -> Run:
     return Run(
         tasks=tasks,
         settings=settings,
-        identity={"model": name, "weights": fingerprint(folder), "device": device, "dtype": args.dtype},
+        identity={"model": name, "weights": fingerprint(folder), "device": device, "dtype": dtype},
         batch_size=args.batch_size,
         seed=args.seed,
         predict_only=args.predict_only,
         log_samples=args.log_samples,
         suffix=args.log_samples_suffix,
         groups={group: [member for member in members if member in opened] for group, members in GROUPS.items() if group in asked},
-        notes=[*args.notes, *notes, *settings.notes()],
+        notes=[*args.notes, *notes, *(settings.notes() if settings != CacheSettings(seed=args.seed) else ())],
     )
 
 
-def loader(args: argparse.Namespace):
+def loader(args: argparse.Namespace) -> Callable[[], VLM]:
     """A function that loads the model of the flags, once."""
     return functools.cache(lambda: weights.load(args.model, device=args.device, dtype=args.dtype))
 
@@ -114,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
         if processes.rank == 0:
             for line in prepared.notes:
                 note(line)
-        folder, results = run(prepared, args.output_path, loader(args), processes)
+        folder, results = evaluate(prepared, args.output_path, loader(args), processes)
         if processes.rank == 0:
             print(summary(results, folder))
     finally:

@@ -6,7 +6,8 @@ A folder is named by a hash of everything that changes answers and holds
 - `samples.jsonl`   one line per answered (or failed) sample, appended at once; the last line of a sample counts;
 - `results.json`    written when all is answered, whole or not at all.
 
-A process killed at any moment leaves at worst one torn line at the end, which the next start cuts off.
+A process killed at any moment leaves at worst one torn line at the end, which the next start cuts off. Versions of
+packages are recorded in the results and not hashed.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Run:
         return RunFolder(root, "_".join((*names, self.settings.policy, *filter(None, (self.suffix,)))), self.keyed())
 
 
-def run(run: Run, root: Path, load: Callable[[], Model], processes: Processes = Processes()) -> tuple[Path, dict]:
+def evaluate(run: Run, root: Path, load: Callable[[], Model], processes: Processes = Processes()) -> tuple[Path, dict]:
     """Answers what is not answered yet -> (folder, content of its results.json; empty on ranks other than 0).
 
     `load` is called only if something is left to ask. Raises `UserError` for a folder that cannot be used, and

@@ -22,7 +22,7 @@ from . import command
 from .compare import Finished, table
 from .processes import Processes
 from .results import write_json
-from .runner import NothingAnswered, run
+from .runner import NothingAnswered, evaluate
 from .tasks import TASKS
 
 BUDGETS = (0.75, 0.5, 0.25, 0.1, 0.05)
@@ -55,7 +55,7 @@ def run_cells(cells: Sequence[dict], args: argparse.Namespace, processes: Proces
             done.append({**cell, "refused": str(error)})
             continue
         try:
-            folder, results = run(replace(base, settings=settings), args.output_path, load, processes)
+            folder, results = evaluate(replace(base, settings=settings), args.output_path, load, processes)
             done.append({**cell, "folder": folder.name, **results})
         except NothingAnswered as error:
             done.append({**cell, "refused": str(error)})

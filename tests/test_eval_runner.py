@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_run_again(place, capsys):
 
 def test_settings_never_mix(place):
     for more in ((), ("--limit", 3), ("--limit", 0.5), ("--seed", 1), ("--batch_size", 2), ("--policy", "avl"),
-                 ("--predict_only",), ("--dtype", "bfloat16"), ("--log_samples_suffix", "mine")):
+                 ("--predict_only",), ("--dtype", "bfloat16"), ("--dtype", "float32"), ("--log_samples_suffix", "mine")):
         assert evaluate(place, *more) == 0
     (place[0] / "model" / "model.safetensors").write_bytes(b"\1" + bytes(99))
     assert evaluate(place) == 0
@@ -195,7 +195,7 @@ def test_a_full_disk_loses_nothing(place, monkeypatch, capsys, target):
         if target == "samples.jsonl":
             patch.setattr(results_module.os, "write", lambda file, data: full() if len(place[1].asked) > 4 else real(file, data))
         else:
-            patch.setattr(Path, "write_text", lambda path, *args, **more: full() if "results" in path.name else real_text(path, *args, **more))
+            patch.setattr(Path, "write_text", lambda path, text, **more: full() if "results" in path.name else real_text(path, text, **more))
         assert evaluate(place) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and f"{target}: cannot be written (No space left on device)" in error
