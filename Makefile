@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP
 .PHONY: demo test test-all results clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/generate.py --image weights/demo/pages/invoice.png --prompt "What is the total?" --stats
+	$(BIN)/python scripts/generate.py --image weights/demo/pages/page_5.png --prompt "What is the total?" --stats
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
