@@ -12,7 +12,7 @@ def describe(stats: Stats) -> str:
     read = sum(stats.entries_read_per_step.values())
     parts = ", ".join(f"{name} {count:.1f}" for name, count in stats.entries_read_per_step.items() if count)
     if not stats.live_entries["vision secondary"]:  # then nothing sets the core apart
-        by_class = by_class.replace("vision core", "vision")
+        by_class, parts = (text.replace("vision core", "vision") for text in (by_class, parts))
     lines = [
         f"prefill {stats.prefill_s * 1000:.1f} ms for {stats.prompt_tokens} tokens ({stats.vision_tokens} of images)",
         f"decode {stats.tokens_per_s:.1f} tokens/s ({stats.decoded_tokens} tokens in {stats.decode_s * 1000:.1f} ms)",
