@@ -32,12 +32,17 @@ def main(arguments: Sequence[str]) -> None:
     if args.chat:
         converse(vlm.chat(sampling=sampling, settings=settings), images, args.prompt, args.stats)
         return
+    layers = vlm.config.text.num_hidden_layers
+    if args.overlay_layer is not None and not 0 <= args.overlay_layer < layers:
+        raise UserError(f"--overlay_layer is {args.overlay_layer} (expected one of the layers 0 to {layers - 1})")
     recorder = Recorder() if args.overlay else None
     stream = vlm.stream(args.prompt, images, sampling=sampling, settings=settings, observer=recorder)
     interrupted = show(stream, args.stats)
     if args.overlay:
-        vision, layers = stream.generation.cache.tracks[0].vision, vlm.config.text.num_hidden_layers
-        page = draw(images, vlm.config, recorder, vision, layers, args.overlay_layer, settings=vlm.processor.image_settings)
+        if settings.vision_interval <= 1:
+            recorder.cores.clear()  # chosen, as the paper has it, but no step leaves the others out
+        vision = stream.generation.cache.tracks[0].vision
+        page = draw(images, vlm.config, recorder, vision, layers, args.overlay_layer, args.overlay_step, vlm.processor.image_settings)
         write_whole(args.overlay, lambda path: page.save(path, format="PNG"))
     if interrupted:
         raise KeyboardInterrupt
@@ -57,14 +62,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.flag("stats", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="times and KV bytes, on standard error")
     parser.flag("overlay", type=Path, metavar="OUT.png", help="draw which patches were evicted, kept, or the core")
     parser.flag("overlay_layer", type=int, metavar="L", help="the layer drawn beside the mean over layers (the middle one)")
+    parser.flag("overlay_step", type=int, metavar="N", help="the step whose core is drawn, 0 is the prefill (the last)")
     cache.add_arguments(parser)
     args = parser.parse_args(arguments)
     if args.prompt is None and not args.chat:
         raise UserError("expected --prompt TEXT, or --chat")
     if args.overlay and (args.chat or not args.image):
         raise UserError("--overlay draws the images of one question (expected --image, and no --chat)")
-    if args.overlay_layer is not None and not args.overlay:
-        raise UserError("--overlay_layer is for --overlay OUT.png, which is not given")
+    for name in ("overlay_layer", "overlay_step"):
+        if getattr(args, name) is not None and not args.overlay:
+            raise UserError(f"--{name} is for --overlay OUT.png, which is not given")
+    if args.overlay_step is not None and args.overlay_step < 0:
+        raise UserError(f"--overlay_step is {args.overlay_step} (expected 0 or more)")
     if args.overlay:
         expect_writable(args.overlay)
     return args

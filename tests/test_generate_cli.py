@@ -29,7 +29,7 @@ FLAGS = {  # every flag of the script, with a value that is not its default
     "model": ("somewhere", "somewhere"), "device": ("cpu", "cpu"), "dtype": ("bfloat16", "bfloat16"), "seed": ("7", 7),
     "image": ("a.png", [Path("a.png")]), "prompt": ("Why?", "Why?"), "chat": (None, True), "max_new_tokens": ("5", 5),
     "temperature": ("0.5", 0.5), "top_p": ("0.25", 0.25), "compile": ("true", True), "stats": (None, True),
-    "overlay": ("out.png", Path("out.png")), "overlay_layer": ("1", 1),
+    "overlay": ("out.png", Path("out.png")), "overlay_layer": ("1", 1), "overlay_step": ("2", 2),
 }  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def pages(tmp_path_factory) -> list[Path]:
 def test_every_flag_in_both_spellings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     value, parsed = FLAGS[name]
-    needed = {"overlay": ["--image", "x.png"], "overlay_layer": ["--image", "x.png", "--overlay", "o.png"]}.get(name, [])
+    needed = ["--image", "x.png"] if name.startswith("overlay") else []
+    needed += ["--overlay", "o.png"] if name.startswith("overlay_") else []
     for spelling in (f"--{name}", "--" + name.replace("_", "-")):
         args = GENERATE.parse(["--prompt", "x", *needed, spelling, *([] if value is None else [value])])
         assert getattr(args, name) == parsed
