@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     layers = vlm.config.text.num_hidden_layers
     if args.overlay_layer is not None and not 0 <= args.overlay_layer < layers:
-        raise UserError(f"--overlay_layer is {args.overlay_layer} (expected one of the layers 0 to {layers - 1})")
+        raise UserError(f"--overlay_layer is {args.overlay_layer}, the model has layers 0 to {layers - 1}")
     recorder = Recorder() if args.overlay else None
     stream = vlm.stream(args.prompt, images, sampling=sampling, settings=settings, observer=recorder)
     interrupted = show(stream, args.stats)
