@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     settings = cache.from_args(args, args.seed)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     images = [load_image(path) for path in args.image]
-    vlm = weights.load(args.model, device=args.device, dtype=args.dtype, compile=args.compile)
+    vlm = weights.load(args.model, device=args.device, dtype=args.dtype, compile=args.compile, pad_to_square=args.pad_to_square)
     note_settings(settings, args)
     if args.chat:
         converse(vlm.chat(sampling=sampling, settings=settings), images, args.prompt, args.stats)
@@ -59,6 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.flag("top_p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that make up this share (1)")
     parser.flag("compile", type=parse_bool, nargs="?", const=True, metavar="BOOL", help="torch.compile the decode step (on CUDA)")
     parser.flag("no_compile", dest="compile", action="store_false", default=None, help="run eagerly")
+    parser.flag("pad_to_square", type=parse_bool, nargs="?", const=True, metavar="BOOL", help="LLaVA-1.5: pad images instead of cropping them (as the checkpoint says)")
     parser.flag("stats", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="times and KV bytes, on standard error")
     parser.flag("overlay", type=Path, metavar="OUT.png", help="draw which patches were evicted, kept, or the core")
     parser.flag("overlay_layer", type=int, metavar="L", help="the layer drawn beside the mean over layers (the middle one)")

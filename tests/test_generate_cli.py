@@ -28,7 +28,7 @@ SINGLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "mod
 FLAGS = {  # every flag of the script, with a value that is not its default
     "model": ("somewhere", "somewhere"), "device": ("cpu", "cpu"), "dtype": ("bfloat16", "bfloat16"), "seed": ("7", 7),
     "image": ("a.png", [Path("a.png")]), "prompt": ("Why?", "Why?"), "chat": (None, True), "max_new_tokens": ("5", 5),
-    "temperature": ("0.5", 0.5), "top_p": ("0.25", 0.25), "compile": ("true", True), "stats": (None, True),
+    "temperature": ("0.5", 0.5), "top_p": ("0.25", 0.25), "compile": ("true", True), "pad_to_square": (None, True), "stats": (None, True),
     "overlay": ("out.png", Path("out.png")), "overlay_layer": ("1", 1), "overlay_step": ("2", 2),
 }  # fmt: skip
 
