@@ -34,30 +34,34 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    compile: bool | None = None,
+    compile: bool = False,
     pad_to_square: bool | None = None,
     progress: bool = True,
 ) -> VLM:
     """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint: a folder, a hub id (`owner/name`), or None for the bundled demo.
 
-    `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.  `dtype`: auto (the checkpoint's on CUDA,
-    float32 on the CPU), float32, bfloat16 or float16.  `compile`: whether decode steps go through torch.compile; None
-    means on CUDA only, as on a CPU it takes tens of seconds, which a long answer of a large model earns back.  Where
-    there is no compiler all runs eagerly, with a line on stderr.  `pad_to_square` (LLaVA-1.5): pad images with the mean
-    colour, as the original LLaVA does, where transformers crops them; None means what the checkpoint says.  `progress`: a bar on a terminal's stderr for what is
-    larger than 1 GiB.  A folder without tokenizer.json loads with `processor` None: such a model takes ids and
-    pixels, not text.  Raises `UserError` for whatever is wrong with the checkpoint or does not fit the device.
+    - `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.
+    - `dtype`: auto (the checkpoint's on CUDA, float32 on the CPU), float32, bfloat16 or float16.
+    - `compile`: run decode steps through torch.compile, which takes a minute or so at first, so that only long answers earn
+      it back.  Where there is no compiler all runs eagerly, with a line on stderr.
+    - `pad_to_square` (LLaVA-1.5): pad images with the mean colour, as the original LLaVA does, where transformers crops
+      them; None means what the checkpoint says.
+    - `progress`: a bar on a terminal's stderr for what is larger than 1 GiB.
+
+    A folder without tokenizer.json loads with `processor` None: such a model takes ids and pixels, not text.  Raises
+    `UserError` for whatever is wrong with the checkpoint or does not fit the device.
     """
     folder = find_checkpoint(model)
     # First what is small, so that a mistake in it is told before gigabytes are read.
-    processor = Processor.from_folder(folder, read_config(folder), pad_to_square=pad_to_square) if (folder / "tokenizer.json").is_file() else None
+    processor = None
+    if (folder / "tokenizer.json").is_file():
+        processor = Processor.from_folder(folder, read_config(folder), pad_to_square=pad_to_square)
     loaded = load_model(folder, device=device, dtype=dtype, progress=progress)
     where = loaded.lm_head.weight.device
-    wanted = where.type == "cuda" if compile is None else compile
-    missing = missing_compiler(where) if wanted else None
+    missing = missing_compiler(where) if compile else None
     if missing:
         print(f"note: decoding runs eagerly: {missing}", file=sys.stderr)
-    return VLM(loaded, processor, compiled=wanted and not missing)
+    return VLM(loaded, processor, compiled=compile and not missing)
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progress: bool = True) -> Llava:
