@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minivlm import attention
+from minivlm.cache import storage
 from minivlm.cache.layer import Layer, bucket
 from minivlm.cache.policy import Policy, Prompt
 from minivlm.cache.prefill import Prefill, Turn
@@ -93,7 +95,7 @@ class KVCache:
         room = max(self.config.context_length - start - len(mask) for start, mask in zip(starts, is_vision))
         self.max_steps = max(0, min(max_new_tokens - 1, room))
         turns = [self._turn(track, mask, count) for track, mask, count in zip(self.tracks, is_vision, stored)]
-        self._make_tables()
+        self.make_tables()
         self.kinds = []
         self.turns += 1
         later, batch = self.turns > 1, len(turns)
@@ -139,7 +141,7 @@ class KVCache:
         order = max(order, 0)
         return track.managed[order] if order < len(track.managed) else track.seen + order - len(track.managed)
 
-    def _make_tables(self) -> None:
+    def make_tables(self) -> None:
         """Per sequence and step, on the device: tail entries to attend to, whether one is evicted, what is protected."""
         surplus = [(0, 0, 0)] * (bucket(self.max_steps) - self.max_steps)
         rows = [[self._step_row(track, step) for step in range(self.max_steps)] + surplus for track in self.tracks]
@@ -192,6 +194,20 @@ class KVCache:
         yield from (self.tables, self.fed, self.base, self.active)
         for layer in self.layers:
             yield from layer.buffers()
+
+    # --- on disk -------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write the cache to a safetensors file; raises `UserError` if it is empty or the file cannot be written."""
+        storage.save(self, path)
+
+    def load(self, path: Path, dtype: torch.dtype) -> None:
+        """Go on where `save` was called, with a model of `dtype`: the next step or turn is the same as there.
+
+        Raises `UserError`, and changes nothing, for a damaged file and for one of another policy, configuration, dtype or
+        number of sequences.
+        """
+        storage.load(self, path, dtype)
 
     # --- accounting ----------------------------------------------------------------------------------------------
 

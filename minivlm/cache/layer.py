@@ -45,7 +45,7 @@ class Layer:
     """Keys and values [B, H_kv, slots, D], their original positions, and what the token budget remembers."""
 
     def __init__(self, rows: list[Row], kv_heads: int, head_dim: int, scored: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.tail, slots = self._shape(rows)
+        self.tail, slots = self.extent(rows)
         batch = len(rows)
         self.k = torch.zeros(batch, kv_heads, slots, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
@@ -57,13 +57,14 @@ class Layer:
         self.arrange(rows)
 
     @staticmethod
-    def _shape(rows: list[Row]) -> tuple[int, int]:
+    def extent(rows: list[Row]) -> tuple[int, int]:
+        """Slots left of the tail, and slots in all, that `rows` need."""
         tail = bucket(max(row.fixed for row in rows))
         return tail, tail + bucket(max(row.capacity for row in rows))
 
     def fits(self, rows: list[Row], scored: bool) -> bool:
         """Whether the buffers, as they are, are those that `rows` would get."""
-        return len(self.k) == len(rows) and (self.tail, self.k.shape[2]) == self._shape(rows) and (self.score is not None) == scored
+        return len(self.k) == len(rows) and (self.tail, self.k.shape[2]) == self.extent(rows) and (self.score is not None) == scored
 
     def arrange(self, rows: list[Row]) -> None:
         """Set the boundaries for `rows`; the entries themselves are the caller's to write."""
