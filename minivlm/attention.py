@@ -96,8 +96,9 @@ def decode_static(q: Tensor, k: Tensor, v: Tensor, live: Tensor, want_row: bool)
     batch, heads, _, dim = q.shape
     kv_heads = k.shape[1]
     query = q.view(batch, kv_heads, heads // kv_heads, 1, dim).float() * dim**-0.5
-    scores = (query * k[:, :, None].float()).sum(dim=-1)  # [B, H_kv, G, slots]
-    weights = torch.where(live[:, None, None], scores, -torch.inf).softmax(dim=-1)
+    scores = torch.where(live[:, None, None], (query * k[:, :, None].float()).sum(dim=-1), -torch.inf)  # [B, H_kv, G, slots]
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    total = weights.sum(dim=-1, keepdim=True)  # divided by last: not once per slot and channel
     values = torch.where(live[:, None, None, :, None], v[:, :, None], 0).float()
-    out = (weights[..., None] * values).sum(dim=-2).view(batch, heads, 1, dim).to(q.dtype)
-    return out, weights.sum(dim=2) if want_row else None
+    out = ((weights[..., None] * values).sum(dim=-2) / total).view(batch, heads, 1, dim).to(q.dtype)
+    return out, (weights / total).sum(dim=2) if want_row else None
