@@ -92,6 +92,21 @@ def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Te
     return model.lm_head(hidden[:, 0])
 
 
+def _to_host(token: Tensor) -> Callable[[], list[int]]:
+    """Start copying ids [B] to the host; the returned function waits for them, but not for what is launched later."""
+    if not token.is_cuda:
+        return token.tolist
+    host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True).copy_(token, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
+
+
 class Generation:
     """One turn: `input_ids` are the new tokens [S_b] of each sequence, `features` those of all their images, in order.
 
@@ -154,8 +169,9 @@ class Generation:
         for step in range(self.sampling.max_new_tokens):
             started = time.perf_counter()
             # On a GPU the next step is under way before the host reads this one's token; on a CPU that would only delay it.
+            arriving = _to_host(token)
             following = self._step(token) if ahead and self.cache.steps < self.cache.max_steps else None
-            new: list[int | None] = [None if over else value for over, value in zip(finished, token.tolist())]
+            new: list[int | None] = [None if over else value for over, value in zip(finished, arriving())]
             for b, value in enumerate(new):
                 if value is not None:
                     self.tokens[b].append(value)

@@ -42,10 +42,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, S, D] for integer positions [B, S]; angles in float32, the result in `dtype`."""
+    """cos and sin [B, 1, S, D/2] for integer positions [B, S]; angles in float32, the result in `dtype`."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)  # [B, 1, S, D/2]
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -53,7 +52,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding in the half-split form: dimension i is paired with i + D/2 (Hugging Face's layout)."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    # Ending in cat, the result is stored; else inductor would rotate the query again for every key it meets.
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):

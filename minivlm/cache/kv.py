@@ -324,13 +324,16 @@ class Decode:
         return spans
 
     def _write(self, held: Layer, k: Tensor, v: Tensor) -> None:
-        """Put the step's token where the last victim was; a finished row gets back what is there."""
-        slot, active = held.next_slot[..., None], self.cache.active[:, None, None]  # [B, H_kv, 1], [B, 1, 1]
-        position = self.cache.position[..., None].int().expand(slot.shape)
-        held.position.scatter_(2, slot, torch.where(active, position, held.position.gather(2, slot)))
-        slot = slot[..., None].expand(k.shape)
+        """Put the step's token where the last victim was; a finished row gets back what is there.
+
+        By indexed assignment: of a `scatter_` inductor makes two copies of the whole buffer.
+        """
+        batch, kv_heads = held.next_slot.shape
+        row, head = torch.arange(batch, device=k.device)[:, None], torch.arange(kv_heads, device=k.device)
+        where, active = (row, head, held.next_slot), self.cache.active[:, None]  # [B, H_kv], [B, 1]
+        held.position[where] = torch.where(active, self.cache.position.int(), held.position[where])
         for buffer, new in ((held.k, k), (held.v, v)):
-            buffer.scatter_(2, slot, torch.where(active[..., None], new, buffer.gather(2, slot)))
+            buffer[where] = torch.where(active[..., None], new[:, :, 0], buffer[where])
 
     def _victim(self, held: Layer, row: Tensor, used: Tensor, protected: Tensor) -> Tensor:
         """Score the tail by this step's row [B, H_kv, tail slots]; the worst unprotected entry of each head [B, H_kv]."""
