@@ -94,7 +94,8 @@ def page(sections: dict[str, list[dict]], pictures: dict[str, bool], output: Pat
 Written by `make results`; do not edit. Model `{full['settings']['model']}`, task `{task}` ({full['data'][task]}), {full['results'][task]['n']}
 questions, batch size {full['settings']['batch_size']}, {full['settings']['device']}, dtype {full['settings']['dtype']}; {versions}. Every figure has
 its standard error, so two rows must differ by well over both to mean something; paired differences are in the last table. The
-bundled model is tiny and its pages are drawn: this shows how the parts behave, and proves nothing about large models.
+bundled model is tiny and its pages are drawn: this shows how the parts behave, and proves nothing about large models. Times are
+those of this one run, eager and on whatever else the machine was doing; [performance.md](performance.md) is about time.
 
 ## Policies at equal bytes
 
