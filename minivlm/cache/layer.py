@@ -137,9 +137,19 @@ class Layer:
         surplus = torch.arange(most, device=count.device) >= count  # repeats pair 0, or slot 0 with itself
         out, into = (first_slots(mask, most) for mask in (leaving, entering))
         out, into = (torch.where(surplus, index[:, :1], index) for index in (out, into))
-        b = torch.arange(batch, device=out.device)[:, None]
-        for held in (self.k, self.v, self.position, self.vision_row[:, None]):
-            held[b, :, out], held[b, :, into] = held[b, :, into], held[b, :, out]
+        b, kv_heads = torch.arange(batch, device=out.device)[:, None], self.k.shape[1]
+        lines = (b * kv_heads + torch.arange(kv_heads, device=out.device))[..., None] * self.slots  # [B, H_kv, 1]
+        moved = [(lines + index[:, None]).flatten() for index in (out, into)]
+        for held in (self.k.view(-1, self.k.shape[3]), self.v.view(-1, self.v.shape[3]), self.position.view(-1)):
+            swap(held, *moved)
+        swap(self.vision_row.view(-1), *((b * self.tail + index).flatten() for index in (out, into)))
+
+
+def swap(held: Tensor, out: Tensor, into: Tensor) -> None:
+    """Exchange rows `out` and `into` of held [rows, ...]; whole rows are copied, which index assignment would not do."""
+    kept = held.index_select(0, out)
+    held.index_copy_(0, out, held.index_select(0, into))
+    held.index_copy_(0, into, kept)
 
 
 def first_slots(mask: Tensor, count: int) -> Tensor:
