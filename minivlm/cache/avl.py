@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from minivlm.cache.h2o import HeavyHitters
 from minivlm.cache.policy import Prompt, vision_within
 from minivlm.cache.ranking import masked_quantile
 
@@ -74,21 +75,14 @@ class TextBudget:
 
 
 @dataclass(frozen=True)
-class TextH2O(TextBudget):
+class TextH2O(HeavyHitters, TextBudget):
     """Heavy hitters by accumulated attention, and the most recent."""
 
     hh_rate: float
-    prompt_rows: ClassVar = "over"
 
     def limits(self, seen: int) -> tuple[int, int]:
         budget = self.budget(seen)
         return budget, budget - int(budget * self.hh_rate)
-
-    def score_rows(self, scores: Tensor, rows: Tensor, own: Tensor) -> Tensor:
-        return scores + rows.sum(dim=1)
-
-    def score_step(self, scores: Tensor, row: Tensor, live: Tensor, new: Tensor) -> Tensor:
-        return torch.where(new, 0, scores) + row
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class WholeCacheH2O:
-    share: float  # of all tokens seen
-    over: ClassVar = "all"
-    prompt_rows: ClassVar = "over"
+class HeavyHitters:
+    """Scores of a token budget that are attention accumulated over all queries so far, without decay."""
 
-    def limits(self, seen: int) -> tuple[int, int]:
-        recent = int(seen * self.share * 0.75)
-        return int(seen * self.share * 0.25) + recent, recent
+    prompt_rows: ClassVar = "over"
 
     def start(self, positions: Tensor) -> Tensor:
         return torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
@@ -31,3 +26,13 @@ class WholeCacheH2O:
 
     def score_step(self, scores: Tensor, row: Tensor, live: Tensor, new: Tensor) -> Tensor:
         return torch.where(new, 0, scores) + row
+
+
+@dataclass(frozen=True)
+class WholeCacheH2O(HeavyHitters):
+    share: float  # of all tokens seen
+    over: ClassVar = "all"
+
+    def limits(self, seen: int) -> tuple[int, int]:
+        recent = int(seen * self.share * 0.75)
+        return int(seen * self.share * 0.25) + recent, recent
