@@ -31,7 +31,7 @@ def share_of(stats: Any, samples: int) -> dict[str, float]:
         "kv_full_bytes": stats.full_bytes / samples,
         "kv_batch_bytes": stats.nbytes,
         "kv_full_batch_bytes": stats.full_bytes,
-        "entries_read": sum(stats.entries_read_per_step.values()),
+        "entries_attended": sum(stats.entries_attended_per_step.values()),
     }
 
 
@@ -57,7 +57,7 @@ def cost(rows: Iterable[dict]) -> dict[str, float]:
         "kv_share": total["kv_bytes"] / total["kv_full_bytes"] if total["kv_full_bytes"] else 0.0,
         "kv_bytes_peak": max(share["kv_batch_bytes"] for share in shares),
         "kv_full_bytes_peak": max(share["kv_full_batch_bytes"] for share in shares),
-        "entries_read_per_step": mean(share["entries_read"] for share in shares),
+        "entries_attended_per_step": mean(share["entries_attended"] for share in shares),
     }
 
 
@@ -110,7 +110,7 @@ def summary(results: dict, folder: Path) -> str:
                 f"  cost: prefill {spent['prefill_ms']:.1f} ms, decode {spent['decode_ms_per_token']:.2f} ms/token, "
                 f"{spent['new_tokens']:.1f} of {spent['prompt_tokens'] + spent['new_tokens']:.0f} tokens generated; KV "
                 f"{spent['kv_bytes_mean'] / 2**20:.2f} MiB a page, {spent['kv_share']:.1%} of the full cache, "
-                f"{spent['kv_bytes_peak'] / 2**20:.2f} MiB at most; {spent['entries_read_per_step']:.0f} entries read a step"
+                f"{spent['kv_bytes_peak'] / 2**20:.2f} MiB at most; {spent['entries_attended_per_step']:.0f} entries take part in a step"
             )
     if results["failed"]:
         lines.append(f"{len(results['failed'])} samples failed and are not in the scores: " + "; ".join(results["failed"][:3])

@@ -125,7 +125,7 @@ def decoder_bytes(model: Llava) -> int:
 
 def entries_read(cache: KVCache, step: int) -> int:
     """Entries that a step of this turn read, its own included, summed over sequences and layers."""
-    core = cache.kinds[step] == "core"
+    core = cache.kinds[step] == "core" and cache.gather  # else a core step passes over the others, too
     return sum(
         (row.core + row.system if core else row.fixed) + track.tail[step] + 1
         for layer in cache.layers

@@ -69,11 +69,14 @@ def rows(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     return weights.masked_fill_(hidden, -torch.inf).softmax(dim=-1).sum(dim=1)
 
 
-def decode_plain(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int]], want_row: bool) -> tuple[Tensor, Tensor | None]:
+def decode_plain(
+    q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int]], core: Tensor | None, want_row: bool
+) -> tuple[Tensor, Tensor | None]:
     """One query per sequence over its live slots, sequence by sequence.
 
-    q [B, H, 1, D]; k, v [B, H_kv, slots, D]; spans[b] = (first, end) of the live slots.  Returns the output
-    [B, H, 1, D] and, if wanted, the weights in float32 summed over each group's query heads [B, H_kv, slots].
+    q [B, H, 1, D]; k, v [B, H_kv, slots, D]; spans[b] = (first, end) of the live slots, of which only those marked in
+    core [B, slots] take part, if given.  Returns the output [B, H, 1, D] and, if wanted, the weights in float32 summed
+    over each group's query heads [B, H_kv, slots].
     """
     batch, heads, _, dim = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
@@ -81,7 +84,10 @@ def decode_plain(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int
     out = torch.empty_like(q)
     for b, (first, end) in enumerate(spans):
         query = q[b].view(kv_heads, heads // kv_heads, dim).float() * dim**-0.5  # [H_kv, G, D]
-        weights = (query @ k[b, :, first:end].float().transpose(1, 2)).softmax(dim=-1)  # [H_kv, G, n]
+        scores = query @ k[b, :, first:end].float().transpose(1, 2)  # [H_kv, G, n]
+        if core is not None:
+            scores = scores.masked_fill(~core[b, first:end], -torch.inf)
+        weights = scores.softmax(dim=-1)
         out[b] = (weights @ v[b, :, first:end].float()).view(heads, 1, dim)
         if want_row:
             row[b, :, first:end] = weights.sum(dim=1)
@@ -91,7 +97,7 @@ def decode_plain(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[tuple[int, int
 def decode_static(q: Tensor, k: Tensor, v: Tensor, live: Tensor, want_row: bool) -> tuple[Tensor, Tensor | None]:
     """As `decode_plain` with fixed shapes: `live` [B, slots] says which slots count.  To be compiled.
 
-    The values of dead slots are selected away, not weighted by zero: 0 x NaN is NaN.
+    The values of slots without weight, dead ones among them, are selected away: 0 x NaN is NaN.
     """
     batch, heads, _, dim = q.shape
     kv_heads = k.shape[1]
@@ -99,6 +105,6 @@ def decode_static(q: Tensor, k: Tensor, v: Tensor, live: Tensor, want_row: bool)
     scores = torch.where(live[:, None, None], (query * k[:, :, None].float()).sum(dim=-1), -torch.inf)  # [B, H_kv, G, slots]
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
     total = weights.sum(dim=-1, keepdim=True)  # divided by last: not once per slot and channel
-    values = torch.where(live[:, None, None, :, None], v[:, :, None], 0).float()
+    values = torch.where(weights[..., None] > 0, v[:, :, None], 0).float()
     out = ((weights[..., None] * values).sum(dim=-2) / total).view(batch, heads, 1, dim).to(q.dtype)
-    return out, (weights / total).sum(dim=2) if want_row else None
+    return out, (weights * total.reciprocal()).sum(dim=2) if want_row else None

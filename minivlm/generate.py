@@ -88,7 +88,9 @@ def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Te
     """
     position = cache.position
     cache.active.logical_and_(~torch.isin(token, stop) & (position[:, 0] < cache.config.context_length))
-    hidden = model(model.language_model.embed_tokens(token[:, None]), position, cache.decode(kind))
+    run = cache.decode(kind)
+    hidden = model(model.language_model.embed_tokens(token[:, None]), position, run)
+    run.finish()
     return model.lm_head(hidden[:, 0])
 
 

@@ -6,11 +6,11 @@ from minivlm.vlm import Stats
 
 
 def describe(stats: Stats) -> str:
-    """Times, KV bytes by class against the full cache, and what a decode step read."""
+    """Times, KV bytes by class against the full cache, and what took part in a decode step."""
     total = sum(stats.live_entries.values())
     by_class = ", ".join(f"{name} {count / total:.0%}" for name, count in stats.live_entries.items() if count)
-    read = sum(stats.entries_read_per_step.values())
-    parts = ", ".join(f"{name} {count:.1f}" for name, count in stats.entries_read_per_step.items() if count)
+    attended = sum(stats.entries_attended_per_step.values())
+    parts = ", ".join(f"{name} {count:.1f}" for name, count in stats.entries_attended_per_step.items() if count)
     if not stats.live_entries["vision secondary"]:  # then nothing sets the core apart
         by_class, parts = (text.replace("vision core", "vision") for text in (by_class, parts))
     lines = [
@@ -20,7 +20,7 @@ def describe(stats: Stats) -> str:
         f"{size(stats.full_bytes)} ({by_class}); {size(stats.nbytes)} allocated with room for the answer",
     ]
     if stats.decode_steps:
-        lines.append(f"a decode step read {read:.1f} entries a layer and head on average ({parts})")
+        lines.append(f"{attended:.1f} entries a layer and head took part in a decode step on average ({parts})")
     return "\n".join(lines)
 
 

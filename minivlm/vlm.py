@@ -48,7 +48,7 @@ class Stats:
     full_bytes: int  # what the full cache would hold then
     nbytes: int  # allocated for the cache: entries, room for the answer, bookkeeping
     live_entries: dict[str, int]  # after prefill by class, summed over sequences, layers and key/value heads
-    entries_read_per_step: dict[str, float]  # by class, mean over steps, sequences and layers, per head
+    entries_attended_per_step: dict[str, float]  # by class, mean over steps, sequences and layers, per head
 
     @property
     def tokens_per_s(self) -> float:
@@ -283,5 +283,5 @@ def stats_of(generation: Generation) -> Stats:
         full_bytes=generation.full_bytes,
         nbytes=generation.cache.nbytes,
         live_entries=generation.live_entries,
-        entries_read_per_step=generation.cache.entries_read(),
+        entries_attended_per_step=generation.cache.entries_attended(),
     )

@@ -46,9 +46,9 @@ def policy_of(s: Settings, num_layers: int) -> Policy:
 class Player:
     """A batch of sequences played on the real cache, teacher-forced; keeps logits and entries of every call."""
 
-    def __init__(self, model: Llava, policy: Policy, batch: int = 1, static: bool = False, poison: bool = False) -> None:
+    def __init__(self, model: Llava, policy: Policy, batch: int = 1, poison: bool = False, **cache: bool) -> None:
         self.model, self.poison = model, poison
-        self.cache = KVCache(model.config.text, policy, range(batch), static=static)
+        self.cache = KVCache(model.config.text, policy, range(batch), **cache)
         self.logits: list[Tensor] = []  # [B, V] a call
         self.held: list[list[list[list[set[int]]]]] = []  # [call][b][layer][head]
         self.seen: list[list[int]] = []  # [call][b]: tokens that have a position
@@ -71,6 +71,7 @@ class Player:
             self._poison()
         run = self.cache.decode(self.cache.kind)
         hidden = self.model(self.model.language_model.embed_tokens(torch.tensor(tokens)[:, None]), self.cache.position, run)
+        run.finish()
         self.cache.advance(run.kind)
         self._record(hidden[:, 0], chose=run.kind == "refresh")
 

@@ -63,7 +63,7 @@ class Reader:
             prefill_s=0.5 * len(requests), decode_s=0.25 * len(requests), prompt_tokens=30 * len(requests),
             vision_tokens=20 * len(requests), new_tokens=5 * len(requests),
             decoded_tokens=4 * len(requests), live_bytes=1000 * budget * len(requests),
-            nbytes=1500 * len(requests), full_bytes=2000 * len(requests), entries_read_per_step={"text": 6, "vision": 10})
+            nbytes=1500 * len(requests), full_bytes=2000 * len(requests), entries_attended_per_step={"text": 6, "vision": 10})
         answers = []
         for request in requests:
             time.sleep(self.delay)

@@ -28,6 +28,9 @@ POLICIES: dict[str, CacheSettings] = {
     "random": CacheSettings.preset("random", vision_interval=2, vision_compute_rate=0.8),
 }
 
+# How a decode step is run: options of the cache.
+DECODES: dict[str, dict[str, bool]] = {"plain": {}, "static": dict(static=True), "gathering": dict(static=True, gather=True)}
+
 
 def prompt_ids(model: Llava, *parts: int, seed: int = 0) -> Tensor:
     """Token ids [S]: text and images in turn, `parts` tokens of each, text first (0 of it is fine)."""

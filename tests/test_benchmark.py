@@ -72,8 +72,8 @@ def test_what_is_written(shape, model, capsys):
     steps = 1 + 3 + 2 * (1 + 2)  # the warm-up's and the turns'
     mean = 80 + (steps + 1) / 2
     assert full["step_bytes"] == {"full": round(result["decoder_bytes"] + 2 * 2 * mean * entry)}
-    assert avl["step_bytes"]["core"] < avl["step_bytes"]["refresh"]
-    assert avl["bytes_allow"] == pytest.approx(full["limit_ms"] / avl["limit_ms"]) and avl["bytes_allow"] > no_core["bytes_allow"] > 1
+    assert avl["step_bytes"]["core"] == pytest.approx(avl["step_bytes"]["refresh"], rel=0.01)  # on a CPU, which passes over all
+    assert avl["bytes_allow"] == pytest.approx(full["limit_ms"] / avl["limit_ms"]) and avl["bytes_allow"] > 1
     assert "| no core |" in capsys.readouterr().out
 
 
@@ -85,8 +85,13 @@ def test_bytes_of_a_step_are_those_the_cache_counts(model):
     for _ in range(8):
         ours.step()
     cache = ours._cache
+    attended = cache.entries_attended()
+    cache.gather = True
     read = sum(timing.entries_read(cache, step) for step in range(cache.steps))
-    assert read == pytest.approx(sum(cache.entries_read().values()) * cache.steps * 2 * len(cache.layers))
+    assert read == pytest.approx(sum(attended.values()) * cache.steps * 2 * len(cache.layers))
+    cache.gather = False  # then a core step passes over the secondary entries, too
+    secondary = sum(row.vision - row.core for layer in cache.layers for row in layer.rows)
+    assert sum(timing.entries_read(cache, step) for step in range(cache.steps)) == read + secondary * cache.kinds.count("core") > read
 
 
 def test_decoder_bytes(model):

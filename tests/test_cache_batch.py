@@ -12,7 +12,7 @@ import torch
 from avl_cases import Case, Turn, random_prompt, random_settings, run, tiny_model
 from cache_helpers import Player, compare, play, policy_of
 from cli_helpers import write_pages
-from policies import POLICIES, image_features, prompt_ids
+from policies import DECODES, POLICIES, image_features, prompt_ids
 
 import weights
 from minivlm import Request, Sampling
@@ -85,7 +85,7 @@ def test_decisions_and_logits_are_those_of_single_runs(seed):
     """Against the re-statement and against the cache with each sequence alone; the second turn continues a ragged batch."""
     cases = random_batch(3000 + seed)
     refs = [run(case) for case in cases]
-    rows = play_batch(cases, [ref.tokens for ref in refs], static=seed % 2 == 1)
+    rows = play_batch(cases, [ref.tokens for ref in refs], **list(DECODES.values())[seed % 3])
     for b, (case, ref) in enumerate(zip(cases, refs)):
         alone, ours = play(case, ref.tokens), rows.row(b)
         assert len(ours.logits) == len(alone.logits) == len(ref.logits)
@@ -117,15 +117,15 @@ class Frozen:
         yield cache.fed
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("how", DECODES)
 @pytest.mark.parametrize("name", POLICIES)
-def test_answers_that_end_at_different_times(name, static):
+def test_answers_that_end_at_different_times(name, how):
     """Sampled answers with several end-of-sequence ids: as alone, and a finished sequence writes nothing."""
     model = tiny_model(11, heads=(4, 2))
     ids = [prompt_ids(model, *parts, seed=i) for i, parts in enumerate([(3, 20, 9), (1, 33, 2, 7, 30), (6,), (2, 5, 1), (8, 40, 15)])]
 
     def answer(rows: range, ends: bool, observer=None) -> Generation:
-        cache = KVCache(model.config.text, POLICIES[name].build(3), rows, static=static)
+        cache = KVCache(model.config.text, POLICIES[name].build(3), rows, **DECODES[how])
         features = [f for i in rows for f in image_features(model, ids[i], seed=i)]
         sampling = Sampling(14, temperature=1.0, top_p=0.9, seed=1, ignore_eos=not ends)
         generation = Generation(model, cache, [ids[i] for i in rows], features, sampling, observer)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from avl_cases import tiny_model
-from policies import POLICIES, image_features, prompt_ids
+from policies import DECODES, POLICIES, image_features, prompt_ids
 from torch._dynamo.testing import CompileCounter
 
 from minivlm.cache.kv import KVCache
@@ -42,14 +42,15 @@ def answer(cache: KVCache, parts, step, steps: int = 7) -> tuple[torch.Tensor, s
 QUICK = ("full", "avl, h2o text, filter", "avl, history text, window", "streaming")
 
 
+@pytest.mark.parametrize("how", ["static", "gathering"])
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES])
-def test_one_graph_for_each_kind_of_step(name):
+def test_one_graph_for_each_kind_of_step(name, how):
     counter = CompileCounter()
     compiled = torch.compile(decode_step, fullgraph=True, dynamic=False, backend=counter)
     policy = POLICIES[name].build(2)
-    reused = KVCache(MODEL.config.text, policy, (0, 1), static=True)
+    reused = KVCache(MODEL.config.text, policy, (0, 1), **DECODES[how])
     for parts in PROMPTS:
-        fresh = KVCache(MODEL.config.text, policy, (0, 1), static=True)
+        fresh = KVCache(MODEL.config.text, policy, (0, 1), **DECODES[how])
         plain, kinds = answer(KVCache(MODEL.config.text, policy, (0, 1)), parts, decode_step)
         for cache in (reused, fresh):  # other buffers of the same bucket are no reason to compile again
             logits, _ = answer(cache, parts, compiled)
@@ -71,12 +72,12 @@ def test_another_bucket_is_another_graph():
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "avl, h2o text, filter"])
-def test_inductor_on_the_cpu(name):
+@pytest.mark.parametrize("name, how", [("full", "static"), ("avl, h2o text, filter", "static"), ("avl, h2o text, filter", "gathering")])
+def test_inductor_on_the_cpu(name, how):
     """The step as the library compiles it."""
     compiled = compiled_decode_step(torch.device("cpu"))
     policy = POLICIES[name].build(2)
-    cache = KVCache(MODEL.config.text, policy, (0, 1), static=True)
+    cache = KVCache(MODEL.config.text, policy, (0, 1), **DECODES[how])
     torch._dynamo.utils.counters.clear()
     for parts in PROMPTS[:2]:
         plain, kinds = answer(KVCache(MODEL.config.text, policy, (0, 1)), parts, decode_step)

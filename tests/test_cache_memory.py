@@ -138,13 +138,14 @@ def test_allocated_bytes_are_the_documented_formula(name):
     model = tiny_model(1, layers=3, heads=(4, 2))
     ids = [prompt_ids(model, 4, 137, 26), prompt_ids(model, 2, 21, 11)]
     for new_tokens in (1, 2, 40, 100):
-        cache = KVCache(model.config.text, POLICIES[name].build(3), (0, 1))
+        cache = KVCache(model.config.text, POLICIES[name].build(3), (0, 1), static=True, gather=new_tokens == 40)
         prefill_step(model, cache, ids, [f for row in ids for f in image_features(model, row)], new_tokens)
         scored = cache.policy.budget is not None
         total = 3 * 2 * bucket(new_tokens - 1) * 8  # the step tables
         for layer in cache.layers:
             left, slots = layer.tail, layer.slots
-            total += 2 * (slots * 2 * (2 * 8 * 4 + 4) + (4 * (slots - left) * 2 if scored else 0) + 4 * left + 8 * 2 + 24)
+            total += 2 * (slots * (2 * (2 * 8 * 4 + 4) + 4) + (4 * (slots - left) * 2 if scored else 0) + 4 * left + 8 * 2 + 24)
+            total += 2 * 8 * layer.core_slots.shape[1] if cache.indexed else 0
             room = max(row.capacity for row in layer.rows)
             assert slots - max(row.fixed for row in layer.rows) - room <= 62  # slack
             # The answer grows text by at most a slot a step, and never beyond its budget and the newcomer.

@@ -9,7 +9,7 @@ import torch
 from avl_cases import Case, Turn, random_case, run, tiny_model
 from avl_reference import Settings
 from cache_helpers import Player, compare, play
-from policies import POLICIES, embed, image_features, prompt_ids
+from policies import DECODES, POLICIES, embed, image_features, prompt_ids
 
 from minivlm import attention
 from minivlm.cache import kv, layer, prefill, ranking
@@ -71,14 +71,14 @@ def test_rates_of_zero_change_nothing(text, heads, monkeypatch):
     assert set(cache.kinds) == {"core", "refresh"} and cache.live_bytes() == cache.full_bytes()
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("how", DECODES)
 @pytest.mark.parametrize("block", range(3))
-def test_dead_slots_are_never_read(block, static):
+def test_dead_slots_are_never_read(block, how):
     """NaN in every dead slot before every step and turn; logits and entries stay the same to the bit."""
     for seed in range(1000 + block, 1045, 3):
         case = random_case(seed)
         tokens = forced_tokens(case)
-        clean, poisoned = (play(case, tokens, static=static, poison=poison) for poison in (False, True))
+        clean, poisoned = (play(case, tokens, poison=poison, **DECODES[how]) for poison in (False, True))
         for call, (a, b) in enumerate(zip(clean.logits, poisoned.logits)):
             assert torch.equal(a, b), (seed, call)
         assert clean.held == poisoned.held and clean.cores == poisoned.cores
@@ -101,15 +101,44 @@ def test_poison_shows_where_dead_slots_are_read(monkeypatch):
 
 
 @pytest.mark.parametrize("block", range(3))
-def test_both_decode_implementations_agree(block):
+def test_all_decode_implementations_agree(block):
     for seed in range(1100 + block, 1124, 3):
         case = random_case(seed)
         ref = run(case)
-        plain, static = (play(case, ref.tokens, static=static) for static in (False, True))
-        tie = compare(static, ref)
-        for call in range(min(tie + 1, len(plain.logits))):
-            torch.testing.assert_close(static.logits[call], plain.logits[call], atol=1e-4, rtol=1e-4)
-        assert static.held[:tie] == plain.held[:tie]
+        plain, *others = (play(case, ref.tokens, **options) for options in DECODES.values())
+        for other in others:
+            tie = compare(other, ref)
+            for call in range(min(tie + 1, len(plain.logits))):
+                torch.testing.assert_close(other.logits[call], plain.logits[call], atol=1e-4, rtol=1e-4)
+            assert other.held[:tie] == plain.held[:tie]
+
+
+@pytest.mark.parametrize("how", DECODES)
+@torch.no_grad()
+def test_what_is_outside_the_core_takes_no_part(how):
+    """Garbage in the other vision entries changes no core step, and does change a refresh."""
+    model = tiny_model(1, heads=(4, 2))
+    ids = [prompt_ids(model, 3, 60, 9), prompt_ids(model, 2, 45, 12, seed=1)]
+    token = torch.tensor([5, 6])
+
+    def logits(garbage: bool) -> list[torch.Tensor]:
+        cache = KVCache(model.config.text, CacheSettings.preset("avl").build(3), (0, 1), **DECODES[how])
+        prefill_step(model, cache, ids, [f for row in ids for f in image_features(model, row)], 4)
+        for held in cache.layers if garbage else ():
+            others = (held.takes_part == 0) & (torch.arange(held.slots) >= held.first)
+            assert others.sum(dim=1).tolist() == [row.vision - row.core for row in held.rows] != [0, 0]
+            for buffer in (held.k, held.v):
+                buffer.transpose(1, 2)[others] = 1e3
+        found = []
+        for _ in range(3):
+            found.append(decode_step(model, cache, kind := cache.kind, token, NEVER))
+            cache.advance(kind)
+        assert cache.kinds == ["core", "core", "refresh"]
+        return found
+
+    clean, dirty = logits(False), logits(True)
+    assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
+    assert not torch.allclose(clean[2], dirty[2], atol=0.1)
 
 
 @pytest.mark.parametrize("block", range(3))
@@ -120,16 +149,16 @@ def test_conversations_with_images_in_later_turns(block):
         case = random_case(seed, turns=3)
         images += sum(len(turn.images) for turn in case.turns[1:])
         ref = run(case)
-        compare(play(case, ref.tokens, static=seed % 2 == 0), ref)
+        compare(play(case, ref.tokens, **list(DECODES.values())[seed % 3 - 1]), ref)
     assert images > 2
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-@pytest.mark.parametrize("static", [False, True])
-def test_a_conversation_without_pruning_is_one_long_prompt(heads, static):
+@pytest.mark.parametrize("how", ["plain", "static"])
+def test_a_conversation_without_pruning_is_one_long_prompt(heads, how):
     """Three turns with images in each: every logit is that of the whole conversation prefilled at once."""
     model, rng = tiny_model(5, heads=heads), random.Random(0)
-    player = Player(model, CacheSettings().build(3), static=static)
+    player = Player(model, CacheSettings().build(3), **DECODES[how])
     said, ends, unfed = [], [], NEVER
     for i, parts in enumerate([(4, 20, 140), (3, 9, 2, 12, 4), (2,)]):
         said.append(torch.cat((unfed, prompt_ids(model, *parts, seed=i))))
@@ -155,25 +184,30 @@ def test_a_conversation_without_pruning_is_one_long_prompt(heads, static):
 def test_half_precision_decides_in_float32(dtype, name, monkeypatch):
     seen = []
 
-    def watched(scores, positions):
-        seen.append(scores.dtype)
-        return ranking_order_key(scores, positions)
+    def watched(choose):
+        def choosing(scores, *rest):
+            seen.append(scores.dtype)
+            return choose(scores, *rest)
 
-    ranking_order_key = ranking.order_key
-    for module in (kv, layer, prefill, ranking):
-        monkeypatch.setattr(module, "order_key", watched)
+        return choosing
+
+    for name_of, modules in (("order_key", (kv, prefill, ranking)), ("best_of", (layer,))):
+        choosing = watched(getattr(ranking, name_of))
+        for module in modules:
+            monkeypatch.setattr(module, name_of, choosing)
     model = tiny_model(2).to(dtype)
     ids = prompt_ids(model, 3, 30, 2, 11, 9)
     logits = {}
-    for static in (False, True):
-        logits[static], cache = greedy(model, POLICIES[name], ids, 8, static=static)
-        assert logits[static].dtype == cache.layers[0].k.dtype == cache.layers[0].v.dtype == dtype
-        assert logits[static].isfinite().all()
+    for how, options in DECODES.items():
+        logits[how], cache = greedy(model, POLICIES[name], ids, 8, **options)
+        assert logits[how].dtype == cache.layers[0].k.dtype == cache.layers[0].v.dtype == dtype
+        assert logits[how].isfinite().all()
         for held in cache.layers:
             assert held.vision_row.dtype == torch.float32
             assert held.score is None or held.score.dtype == torch.float32
     assert set(seen) == (set() if name == "full" else {torch.float32})
-    torch.testing.assert_close(logits[True][:1], logits[False][:1])
+    for how in DECODES:
+        torch.testing.assert_close(logits[how][:1], logits["plain"][:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -224,8 +258,8 @@ def test_edges_of_the_method(name, heads):
     case = Case(0, model, settings, (Turn(ids, tuple(image_features(model, ids)), answer=10),))
     ref = run(case)
     assert ref.first_tie(1e-4) > 5  # else nothing would be compared
-    for static in (False, True):
-        compare(play(case, ref.tokens, static=static), ref)
+    for options in DECODES.values():
+        compare(play(case, ref.tokens, **options), ref)
 
 
 def test_random_selection_depends_on_seed_sample_and_layer_alone():
@@ -245,15 +279,15 @@ def test_random_selection_depends_on_seed_sample_and_layer_alone():
     assert kept([7], seed=1) == kept([7], seed=1)
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("how", DECODES)
 @pytest.mark.parametrize("name", POLICIES)
-def test_an_answer_ends_where_its_room_ends(name, static):
+def test_an_answer_ends_where_its_room_ends(name, how):
     """By max_new_tokens, or where the model's context is full; with reason "length", and all but the last token stored."""
     model = tiny_model(3)
     # The context holds 512 tokens; the last of an answer needs no place in it.
     for parts, asked, wanted in (((3, 30, 9), 20, 20), ((3, 480, 22), 20, 8), ((3, 480, 29), 5, 1)):
         ids = prompt_ids(model, *parts)
-        cache = KVCache(model.config.text, POLICIES[name].build(3), static=static)
+        cache = KVCache(model.config.text, POLICIES[name].build(3), **DECODES[how])
         generation = Generation(model, cache, [ids], image_features(model, ids), Sampling(asked, ignore_eos=True))
         assert len(list(generation)) == wanted and generation.finish == ["length"]
         assert len(generation.tokens[0]) == wanted and cache.fed.tolist() == [wanted - 1]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from avl_cases import tiny_model
-from policies import POLICIES, image_features, prompt_ids
+from policies import DECODES, POLICIES, image_features, prompt_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -53,17 +53,18 @@ def entries(cache: KVCache) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_an_answer_goes_on_identically(name, tmp_path):
+@pytest.mark.parametrize("how", DECODES)
+def test_an_answer_goes_on_identically(name, how, tmp_path):
     """Batch of three, one finished: saved after four steps, and once more in the turn after."""
-    cache = new_cache(POLICIES[name], static=name == "avl")
+    cache = new_cache(POLICIES[name], **DECODES[how])
     turn(cache, 0)
     steps(cache, 0, 4)
     for number in range(2):
         cache.save(tmp_path / "cache.safetensors")
-        again = new_cache(POLICIES[name], (0, 0, 0), static=cache.static)
+        again = new_cache(POLICIES[name], (0, 0, 0), **DECODES[how])
         again.load(tmp_path / "cache.safetensors", torch.float32)
         assert entries(again) == entries(cache) and again.live_entries() == cache.live_entries()
-        assert (again.nbytes, again.full_bytes(), again.entries_read()) == (cache.nbytes, cache.full_bytes(), cache.entries_read())
+        assert (again.nbytes, again.full_bytes(), again.entries_attended()) == (cache.nbytes, cache.full_bytes(), cache.entries_attended())
         for ours, theirs in zip(steps(again, 4, 11), steps(cache, 4, 11)):
             assert torch.equal(ours, theirs)
         assert entries(again) == entries(cache) and again.kinds == cache.kinds
@@ -77,7 +78,7 @@ def test_an_answer_goes_on_identically(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_other_implementation_and_dtype_may_go_on(dtype, tmp_path):
+def test_another_implementation_and_dtype_may_go_on(dtype, tmp_path):
     model = tiny_model(6, heads=(4, 2)).to(dtype)
     cache = KVCache(model.config.text, AVL.build(3), static=True)
     ids = prompt_ids(model, 3, 30, 9)
@@ -85,11 +86,13 @@ def test_the_other_implementation_and_dtype_may_go_on(dtype, tmp_path):
     cache.save(tmp_path / "c")
     with pytest.raises(UserError, match=f'dtype "{str(dtype)[6:]}", to be loaded with "float32"'):
         new_cache(AVL, (0,)).load(tmp_path / "c", torch.float32)
-    plain = KVCache(model.config.text, AVL.build(3))
-    plain.load(tmp_path / "c", dtype)
+    others = [KVCache(model.config.text, AVL.build(3), **options) for options in DECODES.values()]
+    for other in others:
+        other.load(tmp_path / "c", dtype)
     kind, token = cache.kind, logits.argmax(dim=-1)
-    ours, theirs = (decode_step(model, c, kind, token, torch.tensor([2])) for c in (plain, cache))
-    torch.testing.assert_close(ours, theirs)
+    theirs = decode_step(model, cache, kind, token, torch.tensor([2]))
+    for other in others:
+        torch.testing.assert_close(decode_step(model, other, kind, token, torch.tensor([2])), theirs)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,10 @@ DAMAGE = {
     "layers.1.rows leaves": dict(layers__1__rows=lambda t: t - 50),
     "layers.1.rows leaves ": dict(layers__1__rows=lambda t: t + 10**9),
     "damaged (layers.1.rows)": dict(layers__1__rows=lambda t: t + 1),
-    "layers.1.k has shape": dict(layers__1__rows=lambda t: t + torch.tensor([500, 0, 0, 0, 0])),
+    "damaged (layers.0.rows)": dict(layers__0__rows=lambda t: t[:, [1, 0, 2, 3, 4]]),
+    "damaged (layers.2.takes_part)": dict(layers__2__takes_part=lambda t: 1 - t),
+    "damaged (layers.1.takes_part)": dict(layers__1__takes_part=torch.ones_like),
+    "layers.1.k has shape": dict(layers__1__rows=lambda t: t + torch.tensor([400, 0, 0, 0, 0])),
     "fed leaves 0..4": dict(fed=lambda t: t + 5),
     "active is torch.uint8": dict(active=lambda t: t.byte()),
     "tracks.0.managed leaves": dict(tracks__0__managed=lambda t: t + 100),

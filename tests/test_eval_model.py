@@ -48,7 +48,7 @@ def test_batch_size_changes_no_float32_answer(place, tmp_path, policy):
         assert single[name] == pytest.approx(batch[name])
     assert (single["kv_share"] == 1) == (policy == "full")
     assert single["kv_full_bytes_mean"] == pytest.approx(single["prompt_tokens"] * 3 * 2 * 2 * 16 * 4)  # layers, k and v, heads, size, bytes
-    assert 0 < single["entries_read_per_step"] and single["kv_bytes_peak"] < batch["kv_bytes_peak"]
+    assert 0 < single["entries_attended_per_step"] and single["kv_bytes_peak"] < batch["kv_bytes_peak"]
 
 
 def test_results_record_the_prompt(place, tmp_path):
@@ -68,12 +68,13 @@ def test_half_precision_flips_are_counted(place, tmp_path, capsys):
 
 
 def test_two_processes_answer_as_one(place, tmp_path):
+    """With as many threads in each: another number of them rounds differently, and random weights are full of near-ties."""
     more = ["--batch_size", "2", "--policy", "avl", "--output_path"]
-    assert evaluate([*place[1], *more, str(tmp_path / "one")]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval"]
-    done = subprocess.run([*torchrun, *place[1], *more, str(tmp_path / "two")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    starts = {"one": ["-m", "eval"], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval"]}
+    for name, start in starts.items():
+        done = subprocess.run([sys.executable, *start, *place[1], *more, str(tmp_path / name)], cwd=ROOT,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     assert answers(tmp_path / "one") == answers(tmp_path / "two")
     one, two = (read_run(tmp_path / out)[0] for out in ("one", "two"))
     assert one["results"] == two["results"] and one["settings"] == two["settings"]

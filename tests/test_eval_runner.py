@@ -56,7 +56,7 @@ def test_scores_and_cost_of_a_run(place, capsys):
     assert results["cost"]["docvqa_val"] == {
         "prefill_ms": 500.0, "decode_ms_per_token": 62.5, "prompt_tokens": 30.0, "vision_tokens": 20.0, "new_tokens": 5.0,
         "kv_bytes_mean": 1000.0, "kv_full_bytes_mean": 2000.0, "kv_share": 0.5, "kv_bytes_peak": 1500, "kv_full_bytes_peak": 2000,
-        "entries_read_per_step": 16.0}
+        "entries_attended_per_step": 16.0}
     assert results["settings"]["tasks"]["docvqa_val"]["max_new_tokens"] == 32
     assert rows[4]["prediction"] == truth(4) and rows[4]["id"] == 104 and "prompt" not in rows[4]
     assert place[1].asked[0] == "What is 0?\nAnswer the question using a single word or phrase."

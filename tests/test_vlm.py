@@ -77,7 +77,7 @@ def test_settings_change_answers_and_bytes(vlm, pages):
     full, half = (vlm.ask(QUESTION, pages, sampling=Sampling(14), settings=SETTINGS[name]) for name in ("full", "avl"))
     assert full.token_ids != half.token_ids
     assert full.stats.live_bytes == full.stats.full_bytes == half.stats.full_bytes > half.stats.live_bytes
-    assert full.stats.entries_read_per_step["vision core"] > half.stats.entries_read_per_step["vision core"]
+    assert full.stats.entries_attended_per_step["vision core"] > half.stats.entries_attended_per_step["vision core"]
 
 
 def test_statistics_of_a_batch(vlm, pages):
@@ -91,7 +91,7 @@ def test_statistics_of_a_batch(vlm, pages):
     entry = 2 * config.num_key_value_heads * config.head_dim * 4
     assert stats.live_bytes == stats.full_bytes == tokens * config.num_hidden_layers * entry <= stats.nbytes
     assert sum(stats.live_entries.values()) * config.head_dim * 2 * 4 == stats.live_bytes
-    assert sum(stats.entries_read_per_step.values()) == pytest.approx(tokens / 2 + statistics.mean(range(1, 5)))
+    assert sum(stats.entries_attended_per_step.values()) == pytest.approx(tokens / 2 + statistics.mean(range(1, 5)))
     assert stats.tokens_per_s == 8 / stats.decode_s
 
 

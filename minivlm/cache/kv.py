@@ -6,7 +6,7 @@ indexed by tensors, so a step neither allocates nor waits for the device:
 
 - a step writes its token into the slot that the previous step's eviction freed, or into the next unused one,
   attends, and only then chooses its own victim;
-- between refreshes a step reads the core, the system prefix and the text; a refresh reads all and re-chooses the core;
+- between refreshes the core, the system prefix and the text take part; in a refresh all do, and it re-chooses the core;
 - finished sequences write nothing.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minivlm import attention
 from minivlm.cache import storage
-from minivlm.cache.layer import Layer, bucket
+from minivlm.cache.layer import Layer, bucket, reselect
 from minivlm.cache.policy import Policy, Prompt
 from minivlm.cache.prefill import Prefill, Turn
 from minivlm.cache.ranking import LAST, best_first, order_key
@@ -45,11 +45,17 @@ class Track:
 class KVCache:
     """Keys and values of a batch of sequences in every layer, under one policy.
 
-    `static` makes decode steps run on fixed shapes, for `torch.compile`; otherwise they slice what is live.
+    `static` makes decode steps run on fixed shapes, for `torch.compile`; otherwise they slice what is live.  `gather`
+    makes a static core step read its entries by index and no others, which a GPU does as fast as in a row; a CPU does
+    not, and passes over all that is kept.  None: as suits the device.
     """
 
-    def __init__(self, config: TextConfig, policy: Policy, samples: Sequence[int] = (0,), *, device: torch.device | str = "cpu", static: bool = False) -> None:
+    def __init__(
+        self, config: TextConfig, policy: Policy, samples: Sequence[int] = (0,), *,
+        device: torch.device | str = "cpu", static: bool = False, gather: bool | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.policy, self.device, self.static = config, policy, torch.device(device), static
+        self.gather = static and (self.device.type == "cuda" if gather is None else gather)
         self.layers: list[Layer] = []
         self.tables = torch.zeros(3, len(samples), 0, dtype=torch.int64, device=self.device)
         self.fed = torch.zeros(len(samples), dtype=torch.int64, device=self.device)  # answer tokens stored in this turn
@@ -68,6 +74,11 @@ class KVCache:
     def _whole(self) -> bool:
         """Whether the token budget is over all entries, vision and text alike."""
         return self.policy.budget is not None and self.policy.budget.over == "all"
+
+    @property
+    def indexed(self) -> bool:
+        """Whether layers list their cores: where core steps come and read by index."""
+        return self.gather and self.policy.vision is not None and self.policy.vision.interval > 1
 
     # --- a turn --------------------------------------------------------------------------------------------------
 
@@ -101,7 +112,8 @@ class KVCache:
         later, batch = self.turns > 1, len(turns)
         step = batch if later or rows_at_once is None else rows_at_once
         spans = [range(first, min(first + step, batch)) for first in range(0, batch, step)]
-        return [Prefill(self.policy, self.layers, turns, span, later, self.config.num_hidden_layers, self.device) for span in spans]
+        num_layers = self.config.num_hidden_layers
+        return [Prefill(self.policy, self.layers, turns, span, later, num_layers, self.indexed, self.device) for span in spans]
 
     def _turn(self, track: Track, is_vision: Tensor, stored: int) -> Turn:
         """Advance one sequence's bookkeeping by the stored answer and the turn's new tokens."""
@@ -160,7 +172,7 @@ class KVCache:
     # --- decode --------------------------------------------------------------------------------------------------
 
     def decode(self, kind: str) -> Decode:
-        """The pass of a step of this `kind`.  The caller runs the decoder with it, then calls `advance`."""
+        """The pass of a step of this `kind`.  The caller runs the decoder with it, then its `finish`, then `advance`."""
         return Decode(self, kind)
 
     @property
@@ -170,7 +182,7 @@ class KVCache:
 
     @property
     def kind(self) -> str:
-        """What the next step reads: "core", or everything kept: "refresh" if it re-chooses the cores, else "full"."""
+        """What takes part in the next step: "core", or all that is kept: "refresh" if it re-chooses the cores, else "full"."""
         interval = 0 if self.policy.vision is None else self.policy.vision.interval
         if interval <= 0 or not any(track.vision for track in self.tracks):
             return "full"
@@ -182,11 +194,7 @@ class KVCache:
         return (self.base + self.fed)[:, None]
 
     def advance(self, kind: str) -> None:
-        """Close a step that ran as `kind`: re-choose the cores where it was a refresh, and count."""
-        if kind == "refresh":
-            for layer in self.layers:
-                layer.reselect(self.active)
-        self.fed += self.active
+        """Note that a step ran as `kind`: what the host knows of it."""
         self.kinds.append(kind)
 
     def buffers(self) -> Iterator[Tensor]:
@@ -244,42 +252,43 @@ class KVCache:
                     vision = int(torch.isin(positions, positions.new_tensor(track.vision)).sum())
                 held["system"] += row.system * heads
                 held["vision core"] += row.core * heads + vision
-                held["vision secondary"] += row.secondary * heads
+                held["vision secondary"] += (row.vision - row.core) * heads
                 held["text"] += tail - vision
             counts.append(held)
         return counts
 
-    def entries_read(self) -> dict[str, float]:
-        """Entries that a decode step of this turn read on average, by class, per sequence, layer and head.
+    def entries_attended(self) -> dict[str, float]:
+        """Entries that took part in a decode step of this turn on average, by class, per sequence, layer and head.
 
         A whole-cache budget keeps no classes apart: then all count as "all".
         """
-        read = dict.fromkeys(CLASSES if not self._whole else ("all",), 0)
+        attended = dict.fromkeys(CLASSES if not self._whole else ("all",), 0)
         stored = self.fed.tolist()
         for b, (track, steps) in enumerate(zip(self.tracks, stored)):
             wide = sum(kind != "core" for kind in self.kinds[:steps])
             tail = sum(track.tail[:steps]) + steps
             for row in (layer.rows[b] for layer in self.layers):
                 if self._whole:
-                    read["all"] += tail
+                    attended["all"] += tail
                     continue
-                read["system"] += row.system * steps
-                read["vision core"] += row.core * steps
-                read["vision secondary"] += row.secondary * wide
-                read["text"] += tail
-        return {name: count / max(sum(stored) * len(self.layers), 1) for name, count in read.items()}
+                attended["system"] += row.system * steps
+                attended["vision core"] += row.core * steps
+                attended["vision secondary"] += (row.vision - row.core) * wide
+                attended["text"] += tail
+        return {name: count / max(sum(stored) * len(self.layers), 1) for name, count in attended.items()}
 
     def live_positions(self, layer: int, b: int) -> Tensor:
-        """Original positions [H_kv, n] of row b's entries: secondary vision, core vision, system, tail."""
+        """Original positions [H_kv, n] of row b's entries: vision, system, tail."""
         held = self.layers[layer]
         return held.position[b].gather(1, held.live_slots(b, self.tracks[b].tail[int(self.fed[b])]))
 
     def core_positions(self, layer: int, b: int) -> Tensor:
         """Original positions [C] of row b's core in a layer, best first."""
-        held, row = self.layers[layer], self.layers[layer].rows[b]
-        core = slice(held.tail - row.system - row.core, held.tail - row.system)
-        position = held.position[b, 0, core]
-        return position[best_first(held.vision_row[b, core], position)].cpu()
+        held = self.layers[layer]
+        vision = held.vision_slots(b)
+        core = held.takes_part[b, vision] > 0
+        position = held.position[b, 0, vision][core]
+        return position[best_first(held.vision_row[b, vision][core], position)].cpu()
 
 
 class Decode:
@@ -297,31 +306,47 @@ class Decode:
         step = cache.fed[:, None]
         used, evict, protected = (table.gather(1, step) for table in cache.tables)  # each [B, 1]
         self._write(held, k, v)
-        first = held.core_window if self.kind == "core" else 0
-        keys, values = held.k[:, :, first:], held.v[:, :, first:]
-        want_row = cache.policy.budget is not None or self.kind == "refresh"
+        want_row, tail = cache.policy.budget is not None or self.kind == "refresh", held.tail
         if cache.static:
-            slots = torch.arange(first, held.slots, device=q.device)
-            live = (slots >= (held.core_from if self.kind == "core" else held.first)) & (slots < held.tail + used)
+            keys, values, live, tail = self._reading(held, used)
             out, row = attention.decode_static(q, keys, values, live, want_row)
         else:
-            out, row = attention.decode_plain(q, keys, values, self._spans(held, first), want_row)
+            core = held.takes_part > 0 if self.kind == "core" else None
+            out, row = attention.decode_plain(q, held.k, held.v, self._spans(held), core, want_row)
         if self.kind == "refresh":
-            attended = row[:, :, : held.tail].sum(dim=1) / q.shape[1]  # [B, slots left of the tail]
+            attended = row[:, :, :tail].sum(dim=1) / q.shape[1]  # [B, slots left of the tail]
             held.vision_row.copy_(torch.where(cache.active[:, None], attended, held.vision_row))
         after = used.expand_as(held.next_slot)
         if cache.policy.budget is not None:
-            after = torch.where(evict.bool(), self._victim(held, row[:, :, held.tail - first :], used, protected), after)
+            after = torch.where(evict.bool(), self._victim(held, row[:, :, tail:], used, protected), after)
         held.next_slot.copy_(torch.where(cache.active[:, None], held.tail + after, held.next_slot))
         return out
 
-    def _spans(self, held: Layer, first: int) -> list[tuple[int, int]]:
-        """First and end of each row's live slots, counted from `first`."""
-        spans = []
-        for row, track in zip(held.rows, self.cache.tracks):
-            left = row.core + row.system if self.kind == "core" else row.fixed
-            spans.append((held.tail - left - first, held.tail + track.tail[self.cache.steps] + 1 - first))
-        return spans
+    def finish(self) -> None:
+        """To be called after the decoder: re-choose the cores where the step was a refresh, and count its token."""
+        if self.kind == "refresh":
+            reselect(self.cache.layers, self.cache.active)
+        self.cache.fed.add_(self.cache.active)
+
+    def _reading(self, held: Layer, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Keys and values [B, H_kv, n, D] to pass over, which of the n are live [B, n], and where among them the tail begins."""
+        slots = torch.arange(held.slots, device=used.device)
+        live = (slots >= held.first) & (slots < held.tail + used)
+        if self.kind == "core":
+            live = live & (held.takes_part > 0)
+        if self.kind != "core" or held.core_slots is None:
+            return held.k, held.v, live, held.tail
+        (batch, kv_heads), width = held.next_slot.shape, held.core_slots.shape[1]
+        listed = slots[:width] < held.core_size + held.tail - held.system_from  # [B, width]
+        index = torch.cat((held.core_slots, slots[held.tail :].expand(batch, -1)), dim=1)  # [B, n]
+        row, head = torch.arange(batch, device=used.device)[:, None, None], torch.arange(kv_heads, device=used.device)[:, None]
+        where = (row, head, index[:, None])  # indexing, not `gather`: that the compiler fuses into the sums over D and n
+        return held.k[where], held.v[where], torch.cat((listed, live[:, held.tail :]), dim=1), width
+
+    def _spans(self, held: Layer) -> list[tuple[int, int]]:
+        """First and end of each row's live slots."""
+        step = self.cache.steps
+        return [(held.tail - row.fixed, held.tail + track.tail[step] + 1) for row, track in zip(held.rows, self.cache.tracks)]
 
     def _write(self, held: Layer, k: Tensor, v: Tensor) -> None:
         """Put the step's token where the last victim was; a finished row gets back what is there.

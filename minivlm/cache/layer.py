@@ -2,22 +2,24 @@
 
 A row (one sequence) of a layer is laid out around one fixed slot, `tail`:
 
-    ... | secondary vision | core vision | system | tail: text, or all that a whole-cache budget decides over | free ...
-        ^ first            ^ core_from   ^ system_from  ^ tail                                  first unused ^
+    ... | vision | system | tail: text, or all that a whole-cache budget decides over | free ...
+        ^ first  ^ system_from  ^ tail                                  first unused ^
 
-What stands left of `tail` is aligned to it and never grows; the tail grows to the right.  So all live entries of a
-row are one window of slots, those that a core step reads are a window as well, and lengths replace masks.  A slot
-says nothing about a position: `position` holds the original one of each entry.
+What stands left of `tail` is aligned to it and never moves; the tail grows to the right.  So all live entries of a
+row are one window of slots, and lengths replace masks.  Which vision entries are the core changes from refresh to
+refresh: `takes_part` marks them.  A slot says nothing about a position: `position` holds the original one of each entry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from minivlm.cache.ranking import order_key
+from minivlm.cache.ranking import best_of
 
 BUCKET = 32  # slots; both sides of `tail` are rounded up to it, so at most 2 x 31 slots are slack
 
@@ -30,21 +32,24 @@ def bucket(slots: int) -> int:
 class Row:
     """How many entries of each kind one sequence holds in one layer."""
 
-    secondary: int
-    core: int
+    vision: int
+    core: int  # of the vision entries
     system: int
     tail: int  # after prefill
     capacity: int  # tail entries that the answer can ever need at once
 
     @property
     def fixed(self) -> int:
-        return self.secondary + self.core + self.system
+        return self.vision + self.system
 
 
 class Layer:
-    """Keys and values [B, H_kv, slots, D], their original positions, and what the token budget remembers."""
+    """Keys and values [B, H_kv, slots, D], their original positions, and what the policy's parts remember.
 
-    def __init__(self, rows: list[Row], kv_heads: int, head_dim: int, scored: bool, dtype: torch.dtype, device: torch.device) -> None:
+    If `indexed`, `core_slots` lists what a core step reads of the slots left of `tail`, for a device that gathers.
+    """
+
+    def __init__(self, rows: list[Row], kv_heads: int, head_dim: int, scored: bool, indexed: bool, dtype: torch.dtype, device: torch.device) -> None:
         self.tail, slots = self.extent(rows)
         batch = len(rows)
         self.k = torch.zeros(batch, kv_heads, slots, head_dim, dtype=dtype, device=device)
@@ -52,6 +57,9 @@ class Layer:
         self.position = torch.zeros(batch, kv_heads, slots, dtype=torch.int32, device=device)
         self.score = torch.zeros(batch, kv_heads, slots - self.tail, device=device) if scored else None
         self.vision_row = torch.zeros(batch, self.tail, device=device)  # a refresh step's attention, mean over query heads
+        # 1 in a core step, for all right of `tail` as well; 0 for secondary vision.  Not bool: on a CPU that costs 15 % more.
+        self.takes_part = torch.zeros(batch, slots, device=device)
+        self.core_slots = torch.zeros(batch, self.core_extent(rows), dtype=torch.int64, device=device) if indexed else None
         self.next_slot = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)  # where the next token goes
         self.bounds = torch.zeros(3, batch, 1, dtype=torch.int64, device=device)
         self.arrange(rows)
@@ -62,18 +70,24 @@ class Layer:
         tail = bucket(max(row.fixed for row in rows))
         return tail, tail + bucket(max(row.capacity for row in rows))
 
+    @staticmethod
+    def core_extent(rows: list[Row]) -> int:
+        return bucket(max(row.core + row.system for row in rows))
+
     def fits(self, rows: list[Row], scored: bool) -> bool:
         """Whether the buffers, as they are, are those that `rows` would get."""
-        return len(self.k) == len(rows) and (self.tail, self.k.shape[2]) == self.extent(rows) and (self.score is not None) == scored
+        return (
+            len(self.k) == len(rows)
+            and (self.tail, self.slots) == self.extent(rows)
+            and (self.score is not None) == scored
+            and (self.core_slots is None or self.core_slots.shape[1] == self.core_extent(rows))
+        )
 
     def arrange(self, rows: list[Row]) -> None:
-        """Set the boundaries for `rows`; the entries themselves are the caller's to write."""
+        """Set the boundaries for `rows`; the entries themselves, and which are the core, are the caller's to write."""
         self.rows = rows
-        self.core_window = self.tail - bucket(max(row.core + row.system for row in rows))  # where a core step's reading starts
-        first = [self.tail - row.fixed for row in rows]
-        system_from = [self.tail - row.system for row in rows]
-        core_from = [start - row.core for start, row in zip(system_from, rows)]
-        self.bounds.copy_(torch.tensor([first, core_from, system_from])[..., None])
+        bounds = [(self.tail - row.fixed, self.tail - row.system, row.core) for row in rows]
+        self.bounds.copy_(torch.tensor(bounds).T[..., None])
         self.next_slot.copy_(torch.tensor([[self.tail + row.tail] for row in rows]).expand_as(self.next_slot))
 
     @property
@@ -81,11 +95,11 @@ class Layer:
         return self.bounds[0]
 
     @property
-    def core_from(self) -> Tensor:  # [B, 1]
+    def system_from(self) -> Tensor:  # [B, 1]
         return self.bounds[1]
 
     @property
-    def system_from(self) -> Tensor:  # [B, 1]
+    def core_size(self) -> Tensor:  # [B, 1]
         return self.bounds[2]
 
     @property
@@ -94,16 +108,21 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """All that is allocated for this layer: B · (slots · H_kv · (2·D·itemsize + 4) + bookkeeping) bytes.
+        """All that is allocated for this layer: B · (slots · (H_kv · (2·D·itemsize + 4) + 4) + bookkeeping) bytes.
 
         Bookkeeping: 4 bytes a slot and head right of `tail` for scores where there is a budget, 4 bytes a slot left of
-        `tail`, 8 bytes a head for the next slot, 24 bytes for the boundaries.
+        `tail`, 8 bytes a head for the next slot, 24 bytes for the boundaries, 8 bytes a slot of `core_slots`.
         """
         return sum(t.nbytes for t in self.buffers())
 
     def buffers(self) -> list[Tensor]:
-        held = (self.k, self.v, self.position, self.score, self.vision_row, self.next_slot, self.bounds)
+        held = (self.k, self.v, self.position, self.score, self.vision_row, self.takes_part, self.core_slots, self.next_slot, self.bounds)
         return [t for t in held if t is not None]
+
+    def vision_slots(self, b: int) -> slice:
+        """Where row b's vision entries stand, in ascending order of position."""
+        row = self.rows[b]
+        return slice(self.tail - row.fixed, self.tail - row.system)
 
     def live_slots(self, b: int, tail: int) -> Tensor:
         """Slots [H_kv, n] of row b's entries, `tail` of them in the tail, in the order of the layout.
@@ -116,40 +135,32 @@ class Layer:
         hole = self.next_slot[b, :, None]  # equal to the first unused slot where there is none
         return torch.cat((fixed, torch.where(used == hole, self.tail + tail, used)), dim=1)
 
-    def reselect(self, active: Tensor) -> None:
-        """Choose the cores anew by `vision_row` and swap what enters with what leaves, so that they stay contiguous.
+    def mark_core(self, b: int, core: Tensor) -> None:
+        """Of row b's vision entries only those of the mask core [vision] take part between refreshes."""
+        vision = self.vision_slots(b)
+        self.takes_part[b] = (torch.arange(self.slots, device=core.device) >= vision.start).float()
+        self.takes_part[b, vision] = core.float()
 
-        Rows not `active` [B] keep theirs.  On a CPU only the rows that change are moved; elsewhere asking for their
-        number would make the host wait, so as many as ever could are moved, the surplus onto itself.
-        """
-        batch = len(self.rows)
-        slots = torch.arange(self.tail, device=self.k.device).expand(batch, -1)  # [B, tail]
-        vision = (slots >= self.first) & (slots < self.system_from)
-        core = vision & (slots >= self.core_from)
-        key = torch.where(vision, order_key(self.vision_row, self.position[:, 0, : self.tail]), torch.iinfo(torch.int64).min)
-        ranked = slots < self.system_from - self.core_from  # the first n_core ranks
-        chosen = torch.zeros_like(core).scatter(1, key.argsort(dim=1, descending=True), ranked)
-        leaving, entering = core & ~chosen & active[:, None], chosen & ~core & active[:, None]
-        count = leaving.sum(dim=1, keepdim=True)
-        most = int(count.max()) if self.k.device.type == "cpu" else max(min(row.core, row.secondary) for row in self.rows)
-        if most == 0:
-            return
-        surplus = torch.arange(most, device=count.device) >= count  # repeats pair 0, or slot 0 with itself
-        out, into = (first_slots(mask, most) for mask in (leaving, entering))
-        out, into = (torch.where(surplus, index[:, :1], index) for index in (out, into))
-        b, kv_heads = torch.arange(batch, device=out.device)[:, None], self.k.shape[1]
-        lines = (b * kv_heads + torch.arange(kv_heads, device=out.device))[..., None] * self.slots  # [B, H_kv, 1]
-        moved = [(lines + index[:, None]).flatten() for index in (out, into)]
-        for held in (self.k.view(-1, self.k.shape[3]), self.v.view(-1, self.v.shape[3]), self.position.view(-1)):
-            swap(held, *moved)
-        swap(self.vision_row.view(-1), *((b * self.tail + index).flatten() for index in (out, into)))
+    def list_core(self) -> None:
+        """Bring `core_slots` up to `takes_part`; behind a row's last one slot 0 is repeated."""
+        if self.core_slots is not None:
+            self.core_slots.copy_(first_slots(self.takes_part[:, : self.tail] > 0, self.core_slots.shape[1]))
 
 
-def swap(held: Tensor, out: Tensor, into: Tensor) -> None:
-    """Exchange rows `out` and `into` of held [rows, ...]; whole rows are copied, which index assignment would not do."""
-    kept = held.index_select(0, out)
-    held.index_copy_(0, out, held.index_select(0, into))
-    held.index_copy_(0, into, kept)
+def reselect(layers: Sequence[Layer], active: Tensor) -> None:
+    """Choose the cores anew by each layer's `vision_row`; rows not `active` [B] keep theirs.
+
+    Layers whose tails begin at the same slot are chosen for at once: many small choices cost far more than a large one.
+    """
+    for tail, alike in groupby(sorted(layers, key=lambda layer: layer.tail), key=lambda layer: layer.tail):
+        group = list(alike)
+        slots = torch.arange(tail, device=active.device)
+        rows = [torch.where((slots >= layer.first) & (slots < layer.system_from), layer.vision_row, -1.0) for layer in group]
+        chosen = best_of(torch.stack(rows), torch.stack([layer.core_size for layer in group]))  # [layers, B, tail]
+        for layer, core in zip(group, chosen):
+            before = layer.takes_part[:, :tail]
+            before.copy_(torch.where(active[:, None], (core | (slots >= layer.system_from)).float(), before))
+            layer.list_core()
 
 
 def first_slots(mask: Tensor, count: int) -> Tensor:
@@ -157,4 +168,4 @@ def first_slots(mask: Tensor, count: int) -> Tensor:
     rank = (mask.cumsum(dim=1) - 1).clamp(max=count)
     slots = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     found = torch.zeros(len(mask), count + 1, dtype=torch.int64, device=mask.device)
-    return found.scatter_(1, torch.where(mask, rank, count), slots)[:, :count]
+    return found.scatter(1, torch.where(mask, rank, count), slots)[:, :count]

@@ -71,8 +71,8 @@ class Prefill:
     each sequence that go on after the last layer; the last of them yields the logits.
     """
 
-    def __init__(self, policy: Policy, layers: list[Layer], turns: Sequence[Turn], span: range, later: bool, num_layers: int, device: torch.device) -> None:
-        self.policy, self.layers, self.later, self.num_layers = policy, layers, later, num_layers
+    def __init__(self, policy: Policy, layers: list[Layer], turns: Sequence[Turn], span: range, later: bool, num_layers: int, indexed: bool, device: torch.device) -> None:
+        self.policy, self.layers, self.later, self.num_layers, self.indexed = policy, layers, later, num_layers, indexed
         self.batch, self.span = turns, span
         self.turns = [turns[b] for b in span]
         self.rows = [Rows(torch.arange(len(t.is_vision), device=device), t.is_vision.to(device)) for t in self.turns]
@@ -96,6 +96,7 @@ class Prefill:
         self._filter_scores = []
         for i, c in enumerate(columns):
             self._store(store, layer, i, c, q[i, :, : len(self.rows[i])])
+        store.list_core()
         return out
 
     def survivors(self, layer: int) -> Tensor | None:
@@ -124,7 +125,7 @@ class Prefill:
             v=torch.cat((held.v[b][heads, slots], v), dim=1),
             position=torch.cat((held.position[b][heads, slots], position), dim=1),
             score=None if held.score is None else held.score[b][heads, slots[:, row.fixed :] - held.tail],
-            past=Row(row.secondary, row.core, row.system, tail, 0),
+            past=Row(row.vision, row.core, row.system, tail, 0),
         )
 
     def _plan(self, layer: int, b: int) -> Row:
@@ -139,7 +140,7 @@ class Prefill:
         if self.policy.vision is not None:
             new = min(self.policy.vision.keep(turn.prompt), new)
             core = min(self.policy.vision.core(turn.prompt), new)
-        return Row(past.secondary + new - core, past.core + core, past.system + turn.system, turn.tail, turn.capacity)
+        return Row(past.vision + new, past.core + core, past.system + turn.system, turn.tail, turn.capacity)
 
     def _allocate(self, layer: int, plans: list[Row], like: Tensor) -> Layer:
         scored = self.policy.budget is not None
@@ -148,7 +149,7 @@ class Prefill:
             return self.layers[layer]
         if layer < len(self.layers):
             del self.layers[layer]  # before the new one is made: never hold both
-        self.layers.insert(layer, Layer(plans, like.shape[1], like.shape[3], scored, like.dtype, like.device))
+        self.layers.insert(layer, Layer(plans, like.shape[1], like.shape[3], scored, self.indexed, like.dtype, like.device))
         return self.layers[layer]
 
     def _store(self, store: Layer, layer: int, i: int, c: Columns, q: Tensor) -> None:
@@ -157,16 +158,16 @@ class Prefill:
         plan, rows, past, turn = store.rows[b], self.rows[i], c.past, self.turns[i]
         filtering = self.policy.filter is not None and layer == self.policy.filter.layer - 1
         attended = None
-        if (self.policy.vision is not None or filtering) and past.secondary + past.core + len(rows.vision):
+        if (self.policy.vision is not None or filtering) and past.vision + len(rows.vision):
             attended = self._attended(c, q, len(rows.other) - turn.system)  # [M]
         if filtering:
             none = torch.zeros(0, device=q.device)
             self._filter_scores.append(attended[c.before + rows.vision] if len(rows.vision) else none)
         if self.whole:
-            fixed = rows.index[:0]
+            fixed = core = rows.index[:0]
             tail = torch.arange(c.before + len(rows), device=q.device)
         else:
-            fixed = self._fixed(plan, c, rows, attended, layer, turn)
+            fixed, core = self._fixed(plan, c, rows, attended, layer, turn)
             new_text = rows.other[turn.system :]
             tail = torch.cat((torch.arange(past.fixed, c.before, device=q.device), c.before + new_text))
         heads = torch.arange(len(c.k), device=q.device)[:, None]
@@ -177,6 +178,7 @@ class Prefill:
         torch.gather(c.k, 1, entries, out=store.k[b, :, window])  # in place: no second copy of what stays
         torch.gather(c.v, 1, entries, out=store.v[b, :, window])
         store.position[b, :, window] = c.position[heads, index]
+        store.mark_core(b, core)
         if attended is not None:
             store.vision_row[b, store.tail - plan.fixed :] = attended[fixed]
         if score is not None:
@@ -189,23 +191,20 @@ class Prefill:
         visible = torch.arange(c.before + n - window, c.before + n, device=q.device) + 1
         return attention.rows(q[:, n - window :], c.k, visible).sum(dim=0).mean(dim=0) / len(q)
 
-    def _fixed(self, plan: Row, c: Columns, rows: Rows, attended: Tensor | None, layer: int, turn: Turn) -> Tensor:
-        """Columns of the secondary, core and system entries, in this order."""
+    def _fixed(self, plan: Row, c: Columns, rows: Rows, attended: Tensor | None, layer: int, turn: Turn) -> tuple[Tensor, Tensor]:
+        """Columns of the vision entries that stay, ascending, and of the system entries; and which of the former are the core."""
         past = c.past
-        system = torch.arange(past.secondary + past.core, past.fixed, device=c.k.device)
-        vision = torch.arange(past.secondary + past.core, device=c.k.device)
-        new = c.before + rows.vision
+        vision = torch.cat((torch.arange(past.vision, device=c.k.device), c.before + rows.vision))
+        core = torch.ones_like(vision, dtype=torch.bool)
         if attended is not None and self.policy.vision is not None:
-            candidates = torch.cat((vision, new))
-            scores = self.policy.vision.scores(attended[candidates], layer, turn.sample)
-            new = new[best_first(scores[len(vision) :], c.position[0, new])[: plan.secondary + plan.core - len(vision)]]
-            by_column = torch.zeros_like(attended).index_copy(0, candidates, scores)
-            vision = torch.cat((vision, new))
-            vision = vision[best_first(by_column[vision], c.position[0, vision])]
-            core, secondary = vision[: plan.core], vision[plan.core :]
-        else:
-            core, secondary = torch.cat((vision, new)), vision[:0]
-        return torch.cat((secondary, core, system, c.before + rows.other[: turn.system]))
+            scores = self.policy.vision.scores(attended[vision], layer, turn.sample)
+            position = c.position[0, vision]
+            best = past.vision + best_first(scores[past.vision :], position[past.vision :])[: plan.vision - past.vision]
+            kept = torch.cat((torch.arange(past.vision, device=best.device), best.sort().values))
+            vision, order = vision[kept], best_first(scores[kept], position[kept])
+            core = torch.zeros_like(vision, dtype=torch.bool).index_fill_(0, order[: plan.core], True)
+        system = torch.arange(past.vision, past.fixed, device=c.k.device)
+        return torch.cat((vision, system, c.before + rows.other[: turn.system])), core
 
     def _tail(self, c: Columns, rows: Rows, q: Tensor, tail: Tensor, turn: Turn) -> tuple[Tensor, Tensor | None]:
         """Columns [H_kv, n] of the tail entries that stay in each head, and their scores."""

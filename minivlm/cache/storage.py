@@ -25,10 +25,10 @@ from minivlm.errors import UserError
 if TYPE_CHECKING:
     from minivlm.cache.kv import KVCache
 
-_VERSION = 1
+_VERSION = 2
 _KEY = "minivlm.kv_cache"  # of the metadata
-_BUFFERS = ("k", "v", "position", "score", "vision_row", "next_slot")
-_COUNTS = ("secondary", "core", "system", "tail", "capacity")  # the fields of a `Row`
+_BUFFERS = ("k", "v", "position", "score", "vision_row", "takes_part", "next_slot")
+_COUNTS = ("vision", "core", "system", "tail", "capacity")  # the fields of a `Row`
 _LISTS = ("managed", "vision", "tail")  # of a `Track`
 
 
@@ -168,11 +168,11 @@ class _Stored:
         counts = self._tensor(f"layers.{i}.rows", (batch, len(_COUNTS)), torch.int64, 0, cache.config.context_length + 1)
         rows = [Row(*row) for row in counts.tolist()]
         for row, (_, _, tail) in zip(rows, self.lists):
-            if (row.tail, row.capacity) != (tail[0], max([tail[0], *(n + 1 for n in tail[:-1])])):
+            if row.core > row.vision or (row.tail, row.capacity) != (tail[0], max([tail[0], *(n + 1 for n in tail[:-1])])):
                 raise UserError(f"damaged (layers.{i}.rows)")
         left, slots = Layer.extent(rows)
         # All is read and checked before anything is allocated by the counts.
-        shapes = dict(k=(batch, heads, slots, dim), v=(batch, heads, slots, dim), position=(batch, heads, slots), next_slot=(batch, heads))
+        shapes = dict(k=(batch, heads, slots, dim), v=(batch, heads, slots, dim), position=(batch, heads, slots), takes_part=(batch, slots), next_slot=(batch, heads))
         shapes |= dict(vision_row=(batch, left), **dict(score=(batch, heads, slots - left)) if scored else {})
         kinds = dict(k=dtype, v=dtype, position=torch.int32, next_slot=torch.int64)
         ranges = dict(position=(0, cache.config.context_length - 1), next_slot=(left, slots - 1))
@@ -180,9 +180,15 @@ class _Stored:
             name: self._tensor(f"layers.{i}.{name}", shape, kinds.get(name, torch.float32), *ranges.get(name, ()))
             for name, shape in shapes.items()
         }
-        layer = Layer(rows, heads, dim, scored, dtype, cache.device)
+        layer = Layer(rows, heads, dim, scored, cache.indexed, dtype, cache.device)
+        for b, row in enumerate(rows):
+            core = found["takes_part"][b, layer.vision_slots(b)] == 1
+            layer.mark_core(b, core.to(cache.device))
+            if int(core.sum()) != row.core or not torch.equal(layer.takes_part[b].cpu(), found["takes_part"][b]):
+                raise UserError(f"damaged (layers.{i}.takes_part)")
         for name, tensor in found.items():
             getattr(layer, name).copy_(tensor)
+        layer.list_core()
         return layer
 
     def _tensor(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, least: int | None = None, most: int | None = None) -> Tensor:
