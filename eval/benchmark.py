@@ -22,7 +22,7 @@ from torch.profiler import profile
 from minivlm.cache import settings as cache
 from minivlm.cache.settings import CacheSettings, parse_bool
 from minivlm.cli import Parser, expect_writable, note
-from minivlm.compile import missing_compiler
+from minivlm.compile import compiled_blocks, missing_compiler
 from minivlm.errors import UserError
 from minivlm.llava import Llava
 
@@ -38,12 +38,13 @@ class Candidate:
 
     label: str
     settings: CacheSettings
+    compiled: bool
 
 
 def main(arguments: Sequence[str], peers: Path) -> None:
     """Measure what the flags ask for; `peers` is the folder of the peer_NAME.py files."""
     args, flags = parse(arguments)
-    candidates = [candidate(text, flags, args.seed) for text in args.policy]
+    candidates = [candidate(text, flags, args.seed, args.compile) for text in args.policy]
     labels = [c.label for c in candidates] + args.peers
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UserError(f"{twice!r} is there twice (expected one name each; `LABEL: POLICY FLAG...` gives a policy another)")
@@ -52,11 +53,13 @@ def main(arguments: Sequence[str], peers: Path) -> None:
     device = model.lm_head.weight.device
     if args.largest_batch and device.type != "cuda":
         raise UserError("--largest_batch needs a GPU: a CPU swaps long before it says that memory is out")
-    compiled = args.compile
-    if compiled and (missing := missing_compiler(device)):
-        note(f"decoding runs eagerly: {missing}")
-        compiled = False
-    if args.profile and compiled:
+    blocks = None
+    if any(c.compiled for c in candidates):
+        if missing := missing_compiler(device):
+            note(f"all runs eagerly: {missing}")
+        else:
+            blocks = compiled_blocks(model)
+    if args.profile and blocks:
         torch._inductor.config.cpp.enable_kernel_profile = True
     result = {
         "command": shlex.join(["python", "scripts/benchmark.py", *arguments]),
@@ -65,13 +68,12 @@ def main(arguments: Sequence[str], peers: Path) -> None:
         "bandwidth": bandwidth(device),
         "shape": args.shape,
         "dtype": str(model.lm_head.weight.dtype)[6:],
-        "compiled": compiled,
         "decoder_bytes": decoder_bytes(model),
         "cases": [],
     }
     for batch in args.batch:
         for vision in args.vision_tokens:
-            contenders: list[Contender] = [Ours(c.label, model, c.settings, compiled) for c in candidates]
+            contenders: list[Contender] = [Ours(c.label, blocks if c.compiled and blocks else model, c.settings, c.compiled and blocks is not None) for c in candidates]
             contenders += [maker(name, model) for name, maker in makers if maker]
             result["cases"].append(case(args, model, contenders, batch, vision, result["bandwidth"]["copy"]))
             print(table(result["cases"][-1]), flush=True)
@@ -97,13 +99,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.flag("vision_tokens", type=int, nargs="+", default=[2880], metavar="N", help="(2880)")
     parser.flag("text_tokens", type=int, default=70, metavar="T", help="half of them before the image (70)")
     parser.flag("batch", type=int, nargs="+", default=[1], metavar="B", help="(1)")
-    parser.flag("policy", nargs="+", default=["full"], metavar="POLICY", help="one quoted argument each: NAME, or 'NAME FLAG...', or 'LABEL: NAME FLAG...'; the first is what the others are compared to. Flags of the cache outside hold for all")
+    parser.flag("policy", nargs="+", default=["full"], metavar="POLICY", help="one quoted argument each: NAME, or 'NAME FLAG...', or 'LABEL: NAME FLAG...'; the first is what the others are compared to. Flags of the cache, and --compile, outside hold for all")
     parser.flag("peers", nargs="+", default=[], metavar="NAME[:VARIANT]", help="others in the same run, by benchmarks/peer_NAME.py: transformers, transformers:static")
     parser.flag("new_tokens", type=int, default=6, metavar="N", help="decode steps timed in each turn (6)")
     parser.flag("repeats", type=int, default=3, metavar="N", help="turns of each contender (3)")
     parser.flag("prefills", type=int, default=1, metavar="N", help="of each contender, in turns; of several the first does not count (1)")
-    parser.flag("compile", **on_off, default=True, help="torch.compile the decode step (true)")
-    parser.flag("no_compile", dest="compile", action="store_false", help="run eagerly")
+    compile_flags(parser, True)
     parser.flag("largest_batch", **on_off, default=False, help="also find the largest batch that fits the GPU, of each policy")
     parser.flag("profile", **on_off, default=False, help="also where the time of a prefill and of a decode step goes")
     parser.flag("device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto: CUDA where there is one)")
@@ -121,14 +122,20 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, flags
 
 
-def candidate(text: str, flags: Sequence[str], seed: int) -> Candidate:
+def compile_flags(parser: Parser, default: bool) -> None:
+    parser.flag("compile", type=parse_bool, nargs="?", const=True, metavar="BOOL", default=default, help="torch.compile decode steps and the prefill's blocks (true)")
+    parser.flag("no_compile", dest="compile", action="store_false", help="run eagerly")
+
+
+def candidate(text: str, flags: Sequence[str], seed: int, compiled: bool) -> Candidate:
     """A value of --policy: `NAME FLAG...`, maybe with `LABEL: ` in front."""
     label, colon, described = text.partition(": ")
     words = shlex.split(described if colon else text)
     parser = Parser("")
     cache.add_arguments(parser)
-    settings = cache.from_args(parser.parse_args(["--policy", *words[:1], *flags, *words[1:]]), seed)
-    return Candidate(label if colon else text, settings)
+    compile_flags(parser, compiled)
+    own = parser.parse_args(["--policy", *words[:1], *flags, *words[1:]])
+    return Candidate(label if colon else text, cache.from_args(own, seed), own.compile)
 
 
 def peer(name: str, folder: Path):
@@ -154,6 +161,9 @@ def case(args: argparse.Namespace, model: Llava, contenders: Sequence[Contender]
     """One batch size and number of vision tokens: what was measured, and what follows from it."""
     prompts = synthetic_prompts(model, batch, vision, args.text_tokens, args.seed)
     peak = PeakMemory(model.lm_head.weight.device)
+    for c in contenders:
+        if isinstance(c, Ours) and c.compiled:
+            c.warm_up(synthetic_prompts(model, batch, min(vision, 64), args.text_tokens, args.seed))
     seen = take_turns(contenders, prompts, prefills=args.prefills, rounds=args.repeats, steps=args.new_tokens, peak=peak)
     rows = [summary(name, found, batch, copy) for name, found in seen.items()]
     for row in rows:

@@ -60,6 +60,11 @@ class Ours:
         self.period = max(self.policy.vision.interval, 1) if self.policy.vision else 1
         self._step = compiled_decode_step(model.lm_head.weight.device) if compiled else decode_step
         self._cache: KVCache | None = None
+        self.prefill_warm_up_s = 0.0
+
+    def warm_up(self, short: Prompts) -> None:
+        """Compile what a prefill needs; its graphs serve prompts of other lengths as well."""
+        self.prefill_warm_up_s = self.prefill(short, 1)
 
     def prefill(self, prompts: Prompts, steps: int) -> float:
         samples = range(len(prompts.ids))
@@ -98,6 +103,8 @@ class Ours:
             read[kind].append(weights + entries_read(cache, step) * cache.entry_bytes())
         return {
             "settings": self.settings.to_dict(),
+            "compiled": self.compiled,
+            "prefill_warm_up_s": self.prefill_warm_up_s,
             "step_bytes": {kind: round(statistics.mean(sizes)) for kind, sizes in read.items()},
             "live_bytes": generation.live_bytes,
             "full_bytes": generation.full_bytes,
@@ -172,7 +179,18 @@ def compilations() -> dict[str, int]:
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
         "cuda_graphs_skipped": counters["inductor"]["cudagraph_skips"],
+        "cuda_graphs_recorded_again": recorded_again(),
     }
+
+
+def recorded_again() -> int:
+    """CUDA graphs that were recorded once more because a buffer had moved."""
+    if not torch.cuda.is_available():
+        return 0
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    return sum(sum(by_graph.values()) for by_graph in manager.num_rerecord.values()) if manager else 0
 
 
 # --- the machine -------------------------------------------------------------------------------------------------

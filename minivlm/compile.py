@@ -1,4 +1,4 @@
-"""torch.compile for the decode step: one graph for each kind of step, reused for every token, prompt and turn.
+"""torch.compile: one graph for each kind of decode step, reused for every token, prompt and turn; and the prefill's blocks.
 
 Everything that changes from step to step is a tensor, buffers come in buckets of slots, and a policy's kinds of steps
 are told apart by one string; so a graph is built once per kind, batch and bucket.  On CUDA the graphs are recorded
@@ -7,6 +7,7 @@ are told apart by one string; so a graph is built once per kind, batch and bucke
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,20 @@ def missing_compiler(device: torch.device) -> str | None:
         return None if has_triton() else "Triton is not installed"
     compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
     return None if any(name and shutil.which(name) for name in compilers) else "there is no C++ compiler"
+
+
+def compiled_blocks(model: Llava) -> Llava:
+    """The model, on the same parameters, with the vision tower's layers and what surrounds a prefill's attention compiled.
+
+    All layers share a block's graph, which serves every length; what the cache does in between stays eager.
+    """
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for layer in twin.vision_tower.encoder.layers:
+        layer.compile(dynamic=True, fullgraph=True)
+    for layer in twin.language_model.layers:
+        layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True)
+        layer.after = torch.compile(layer.after, dynamic=True, fullgraph=True)
+    return twin
 
 
 def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str, Tensor, Tensor], Tensor]:

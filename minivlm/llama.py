@@ -57,24 +57,27 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, S, D], keys and values [B, H_kv, S, D] of x [B, S, C], rotated."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, S, D]
         k = self.k_proj(x).view(heads).transpose(1, 2)  # [B, H_kv, S, D]
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, rope), rotate(k, rope)  # under the old names: in prefill the unrotated ones are as large
-        out = cache.attend(self.layer, q, k, v)  # [B, H, S, D]
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return rotate(q, rope), rotate(k, rope), v
+
+    def merge(self, out: Tensor) -> Tensor:
+        """The attention's output [B, H, S, D] -> [B, S, C]."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -91,13 +94,22 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.layer = layer
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, cache)
+        return self.after(hidden, cache.attend(self.layer, *self.before(hidden, rope)))
+
+    def before(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: q, k, v."""
+        return self.self_attn.project(self.input_layernorm(hidden), rope)
+
+    def after(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """What comes behind it: both residual sums."""
+        hidden = hidden + self.self_attn.merge(out)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 

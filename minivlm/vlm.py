@@ -14,7 +14,7 @@ from torch import Tensor
 from minivlm.cache.kv import KVCache
 from minivlm.cache.record import Observer
 from minivlm.cache.settings import CacheSettings
-from minivlm.compile import compiled_decode_step
+from minivlm.compile import compiled_blocks, compiled_decode_step
 from minivlm.errors import UserError
 from minivlm.generate import Generation, Sampling, decode_step
 from minivlm.images import load_image
@@ -67,11 +67,11 @@ class Answer:
 class VLM:
     """A model and, unless its folder has no tokenizer, the processor that feeds it.
 
-    With `compiled`, decode steps go through `torch.compile`: slow the first time, then faster.
+    With `compiled`, decode steps and the blocks of a prefill go through `torch.compile`: slow the first time, then faster.
     """
 
     def __init__(self, model: Llava, processor: Processor | None = None, *, compiled: bool = False) -> None:
-        self.model, self._processor, self.compiled = model, processor, compiled
+        self.model, self._processor, self.compiled = compiled_blocks(model) if compiled else model, processor, compiled
         self._step = compiled_decode_step(self.device) if compiled else decode_step
         self.config = model.config
         self._spare: KVCache | None = None  # the last batch's buffers, for the next of the same kind

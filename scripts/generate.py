@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.flag("max_new_tokens", type=int, default=256, metavar="N", help="of one answer (256)")
     parser.flag("temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.flag("top_p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that make up this share (1)")
-    parser.flag("compile", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="torch.compile the decode step: pays for long answers")
+    parser.flag("compile", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="torch.compile the model: pays for long answers")
     parser.flag("no_compile", dest="compile", action="store_false", help="run eagerly (the default)")
     parser.flag("pad_to_square", type=parse_bool, nargs="?", const=True, metavar="BOOL", help="LLaVA-1.5: pad images instead of cropping them (as the checkpoint says)")
     parser.flag("stats", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help="times and KV bytes, on standard error")

@@ -11,7 +11,7 @@ from policies import DECODES, POLICIES, image_features, prompt_ids
 from torch._dynamo.testing import CompileCounter
 
 from minivlm.cache.kv import KVCache
-from minivlm.compile import compiled_decode_step
+from minivlm.compile import compiled_blocks, compiled_decode_step
 from minivlm.generate import decode_step, prefill_step
 
 MODEL = tiny_model(1, layers=2)
@@ -85,3 +85,23 @@ def test_inductor_on_the_cpu(name, how):
         torch.testing.assert_close(logits[:, 0], plain[:, 0], atol=1e-4, rtol=0)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == len(kinds) and not counters["graph_break"]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_blocks_of_a_prefill_are_compiled_once_for_all_lengths():
+    model = tiny_model(1, layers=3)
+    compiled = compiled_blocks(model)
+    assert all(a is b for a, b in zip(model.parameters(), compiled.parameters(), strict=True))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for i, parts in enumerate([(3, 90, 12), (2, 40, 9), (5, 200, 30), (12,)]):
+        ids, policy = prompt_ids(model, *parts, seed=i), POLICIES["avl, h2o text, filter"].build(3)
+        ours, plain = (prefill_step(m, KVCache(m.config.text, policy), [ids], image_features(m, ids), 4) for m in (compiled, model))
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+        assert 2 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    tiles = [torch.randn(n, 3, model.config.vision.image_size, model.config.vision.image_size) for n in (1, 3, 5, 4)]
+    for pixels in tiles:
+        torch.testing.assert_close(compiled.vision_tower(pixels), model.vision_tower(pixels), atol=1e-4, rtol=0)
+    assert counters["stats"]["unique_graphs"] <= 8

@@ -42,8 +42,8 @@ def load(
 
     - `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.
     - `dtype`: auto (the checkpoint's on CUDA, float32 on the CPU), float32, bfloat16 or float16.
-    - `compile`: run decode steps through torch.compile, which takes a minute or so at first, so that only long answers earn
-      it back.  Where there is no compiler all runs eagerly, with a line on stderr.
+    - `compile`: run decode steps and the blocks of a prefill through torch.compile, which takes a minute or so at first, so
+      that only long answers or many earn it back.  Where there is no compiler all runs eagerly, with a line on stderr.
     - `pad_to_square` (LLaVA-1.5): pad images with the mean colour, as the original LLaVA does, where transformers crops
       them; None means what the checkpoint says.
     - `progress`: a bar on a terminal's stderr for what is larger than 1 GiB.
@@ -60,7 +60,7 @@ def load(
     where = loaded.lm_head.weight.device
     missing = missing_compiler(where) if compile else None
     if missing:
-        print(f"note: decoding runs eagerly: {missing}", file=sys.stderr)
+        print(f"note: all runs eagerly: {missing}", file=sys.stderr)
     return VLM(loaded, processor, compiled=compile and not missing)
 
 
