@@ -31,6 +31,7 @@ from .report import document, share_of
 from .results import RunFolder, read_json, write_json
 from .tasks import Task
 
+FORMAT = 2  # of the rows and results in a folder; a run of another format is not continued
 _AHEAD = 2  # batches whose images are decoded, or being decoded, while the model answers
 
 
@@ -68,7 +69,7 @@ class Run:
         tasks = {task.name: {"prompt": task.suffix, "max_new_tokens": task.max_new_tokens, "split": task.split,
                              "samples": len(dataset.samples), "data": dataset.identity()}
                  for task, dataset in self.tasks}
-        return {**self.identity, "tasks": tasks, "cache": self.settings.to_dict(), "batch_size": self.batch_size,
+        return {**self.identity, "format": FORMAT, "tasks": tasks, "cache": self.settings.to_dict(), "batch_size": self.batch_size,
                 "seed": self.seed, "predict_only": self.predict_only}
 
     def folder(self, root: Path) -> RunFolder:

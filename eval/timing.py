@@ -1,8 +1,9 @@
 """What is timed: a policy's prefill and decode steps as `minivlm.generate` runs them, and the limit they are held to.
 
-A decode step has to read the decoder's weights and the live entries its policy wants; divided by the bandwidth of
-the device that is the time below which no implementation gets.  Contenders (policies, and peers from outside) are
-started once and then take turns, a few steps at a time, so that what disturbs a machine disturbs all alike.
+A decode step has to read the decoder's weights and the live entries of its pass (on a CPU a core step passes over all
+that is kept); divided by the bandwidth of the device that is the time below which it does not get.  Contenders
+(policies, and peers from outside) are started once and then take turns, a few steps at a time, so that what disturbs a
+machine disturbs all alike.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch._dynamo.utils import counters
 
 from minivlm.cache.kv import KVCache
 from minivlm.cache.settings import CacheSettings
-from minivlm.compile import compiled_decode_step
+from minivlm.compile import compiled_decode_step, graph_limit
 from minivlm.generate import Generation, Sampling, decode_step
 from minivlm.llava import Llava
 
@@ -60,11 +61,11 @@ class Ours:
         self.period = max(self.policy.vision.interval, 1) if self.policy.vision else 1
         self._step = compiled_decode_step(model.lm_head.weight.device) if compiled else decode_step
         self._cache: KVCache | None = None
-        self.prefill_warm_up_s = 0.0
 
     def warm_up(self, short: Prompts) -> None:
         """Compile what a prefill needs; its graphs serve prompts of other lengths as well."""
-        self.prefill_warm_up_s = self.prefill(short, 1)
+        self.prefill(short, 1)
+        self._cache = None
 
     def prefill(self, prompts: Prompts, steps: int) -> float:
         samples = range(len(prompts.ids))
@@ -74,7 +75,8 @@ class Ours:
         else:
             self._cache.reset(samples)
         sampling = Sampling(max_new_tokens=steps + 2, ignore_eos=True)
-        self._generation = Generation(self.model, self._cache, prompts.ids, prompts.features, sampling, step=self._step)
+        with graph_limit():
+            self._generation = Generation(self.model, self._cache, prompts.ids, prompts.features, sampling, step=self._step)
         self._tokens = iter(self._generation)
         return self._generation.prefill_s
 
@@ -104,7 +106,6 @@ class Ours:
         return {
             "settings": self.settings.to_dict(),
             "compiled": self.compiled,
-            "prefill_warm_up_s": self.prefill_warm_up_s,
             "step_bytes": {kind: round(statistics.mean(sizes)) for kind, sizes in read.items()},
             "live_bytes": generation.live_bytes,
             "full_bytes": generation.full_bytes,
@@ -150,37 +151,43 @@ def take_turns(
     """
     turn = {c.name: -(-steps // c.period) * c.period for c in contenders}
     seen = {c.name: {"prefill_s": [], "steps": {}} for c in contenders}
+    compiled = {c.name: dict.fromkeys(compilations(), 0) for c in contenders}
     for number in range(prefills):
         for c in contenders:
+            before = compilations()
             peak.begin()
             seconds = c.prefill(prompts, 1 + WARM_UP * c.period + rounds * (1 + turn[c.name]) + c.period)
             seen[c.name]["peak_bytes"] = peak.end() if number == 0 else seen[c.name]["peak_bytes"]
             if number or prefills == 1:
                 seen[c.name]["prefill_s"].append(seconds)
+                compiled[c.name] = added(compiled[c.name], before)
     for c in contenders:
         started = time.perf_counter()
         c.decode(WARM_UP * c.period)
         seen[c.name]["warm_up_s"] = time.perf_counter() - started
-    compiled = {c.name: dict.fromkeys(compilations(), 0) for c in contenders}
     for c in list(contenders) * rounds:
         before = compilations()
         for kind, seconds in c.decode(turn[c.name]):
             seen[c.name]["steps"].setdefault(kind, []).append(seconds)
-        for what, count in compilations().items():
-            compiled[c.name][what] += count - before[what]
+        compiled[c.name] = added(compiled[c.name], before)
     for c in contenders:
         seen[c.name] |= c.facts() | {"after_warm_up": compiled[c.name]}
     return seen
 
 
 def compilations() -> dict[str, int]:
-    """What torch.compile has done so far in this process, of which a warm decode step should do nothing."""
+    """What torch.compile has done so far in this process, of which a warm prefill or decode step should do nothing."""
     return {
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
         "cuda_graphs_skipped": counters["inductor"]["cudagraph_skips"],
         "cuda_graphs_recorded_again": recorded_again(),
     }
+
+
+def added(counts: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """`counts` and what has come since `before`."""
+    return {what: counts[what] + now - before[what] for what, now in compilations().items()}
 
 
 def recorded_again() -> int:

@@ -59,10 +59,10 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def note_settings(settings: CacheSettings, args: argparse.Namespace) -> None:
-    """Tell what a user who chose a policy may not expect of it."""
+def note_settings(settings: CacheSettings, args: argparse.Namespace, images: bool = True) -> None:
+    """Tell what a user who chose a policy may not expect of it, on a prompt with or without `images`."""
     if any(name == "policy" or name.startswith("cache.") for name in vars(args)):
-        for line in settings.notes():
+        for line in settings.notes(images):
             note(line)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -32,10 +34,16 @@ def missing_compiler(device: torch.device) -> str | None:
     return None if any(name and shutil.which(name) for name in compilers) else "there is no C++ compiler"
 
 
+def graph_limit() -> AbstractContextManager[None]:
+    """Within it torch.compile may build `MAX_GRAPHS` graphs of one function."""
+    return torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, accumulated_recompile_limit=MAX_GRAPHS)
+
+
 def compiled_blocks(model: Llava) -> Llava:
     """The model, on the same parameters, with the vision tower's layers and what surrounds a prefill's attention compiled.
 
-    All layers share a block's graph, which serves every length; what the cache does in between stays eager.
+    All layers share a block's graph, which serves every length; what the cache does in between stays eager.  To be run
+    under `graph_limit`, and not to be copied: a copy would run this one's blocks.
     """
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for layer in twin.vision_tower.encoder.layers:
@@ -48,16 +56,19 @@ def compiled_blocks(model: Llava) -> Llava:
 
 def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str, Tensor, Tensor], Tensor]:
     """`decode_step`, compiled at its first call; for caches made with `static=True`."""
-    cuda = device.type == "cuda"
+    cuda, marked = device.type == "cuda", None
     step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
 
     def run(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
+        nonlocal marked
         if cuda:
-            if cache.steps == 0:  # a turn's buffers never move, so the graphs may read and write them where they are
+            # Buffers move only between turns, or where a cache is loaded: the graphs may read and write them where they are.
+            if cache.steps == 0 or marked is None or marked() is not cache.layers[0]:
                 for buffer in cache.buffers():
                     torch._dynamo.mark_static_address(buffer, guard=False)
+                marked = weakref.ref(cache.layers[0])
             torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, accumulated_recompile_limit=MAX_GRAPHS):
+        with graph_limit():
             return step(model, cache, kind, token, stop)
 
     return run

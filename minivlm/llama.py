@@ -110,6 +110,7 @@ class DecoderLayer(nn.Module):
     def after(self, hidden: Tensor, out: Tensor) -> Tensor:
         """What comes behind it: both residual sums."""
         hidden = hidden + self.self_attn.merge(out)
+        del out  # as large as the hidden states, and the MLP's are larger still
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from minivlm.cache.kv import KVCache
 from minivlm.cache.record import Observer
 from minivlm.cache.settings import CacheSettings
-from minivlm.compile import compiled_blocks, compiled_decode_step
+from minivlm.compile import compiled_blocks, compiled_decode_step, graph_limit
 from minivlm.errors import UserError
 from minivlm.generate import Generation, Sampling, decode_step
 from minivlm.images import load_image
@@ -169,9 +170,10 @@ class VLM:
     def generate(self, inputs: ModelInputs, cache: KVCache, sampling: Sampling, observer: Observer | None = None) -> Generation:
         """Prefill a batch of model inputs into `cache` as its next turn; iterate over the result for the tokens."""
         started = time.perf_counter()
-        features = [] if inputs.pixel_values is None else self.image_features(inputs.pixel_values, inputs.image_sizes)
         rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths.tolist())]
-        return Generation(self.model, cache, rows, features, sampling, observer, started, self._step)
+        with graph_limit() if self.compiled else nullcontext():
+            features = [] if inputs.pixel_values is None else self.image_features(inputs.pixel_values, inputs.image_sizes)
+            return Generation(self.model, cache, rows, features, sampling, observer, started, self._step)
 
 
 class Stream:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     images = [load_image(path) for path in args.image]
     vlm = weights.load(args.model, device=args.device, dtype=args.dtype, compile=args.compile, pad_to_square=args.pad_to_square)
-    note_settings(settings, args)
+    note_settings(settings, args, images=bool(images) or args.chat)
     if args.chat:
         converse(vlm.chat(sampling=sampling, settings=settings), images, args.prompt, args.stats)
         return

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import tiny
 from PIL import Image
 
 from minivlm.cli import run
@@ -47,6 +48,20 @@ def call(main: Callable[[Sequence[str]], None], *arguments: object, stdin: str =
         except SystemExit as end:
             status = end.code or 0
     return Ran(status, out.getvalue(), err.getvalue())
+
+
+GENERATE = script("generate")
+
+
+def generate(*arguments: object, stdin: str = "") -> Ran:
+    return call(GENERATE.main, *arguments, stdin=stdin)
+
+
+def endless_model(folder: Path, **text: object) -> Path:
+    """A checkpoint that never ends an answer by itself."""
+    tiny.write(folder, "next-vicuna", text_config={"eos_token_id": tiny.VOCAB, **text})
+    tiny.dump(folder / "generation_config.json", {})
+    return folder
 
 
 def start(name: str, *arguments: object, **environment: str) -> subprocess.Popen:

@@ -113,6 +113,24 @@ def test_all_decode_implementations_agree(block):
             assert other.held[:tie] == plain.held[:tie]
 
 
+@torch.no_grad()
+def test_a_gathering_core_step_reads_the_core_alone(monkeypatch):
+    read, decode_static = [], attention.decode_static
+
+    def watched(q, k, v, live, want_row):
+        assert k.shape == v.shape and k.shape[2] == live.shape[1]
+        read.append(k.shape[2])
+        return decode_static(q, k, v, live, want_row)
+
+    monkeypatch.setattr(attention, "decode_static", watched)
+    model = tiny_model(1)
+    ids = prompt_ids(model, 3, 300, 9)
+    _, cache = greedy(model, CacheSettings.preset("avl"), ids, 3, **DECODES["gathering"])
+    held = cache.layers[0]
+    assert cache.kinds == ["core", "core", "refresh"] and held.rows[0].core == 90
+    assert read == 6 * [96 + held.slots - held.tail] + 3 * [held.slots] and 96 < held.tail == 160
+
+
 @pytest.mark.parametrize("how", DECODES)
 @torch.no_grad()
 def test_what_is_outside_the_core_takes_no_part(how):

@@ -1,4 +1,4 @@
-"""What inductor makes of a decode step on a CPU: no copy of a cache buffer, no rotation inside the loop over keys."""
+"""What inductor makes of a decode step on a CPU: no copy of what a cache holds, no rotation inside the loop over keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from avl_cases import tiny_model
-from policies import POLICIES, image_features, prompt_ids
+from policies import DECODES, POLICIES, image_features, prompt_ids
 from torch._inductor.utils import run_and_get_code
 
 from minivlm.cache.kv import KVCache
@@ -17,16 +17,24 @@ from minivlm.generate import decode_step, prefill_step
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", ["full", "avl, h2o text, filter"])
+@pytest.mark.parametrize(
+    "name, how, kind",
+    [("full", "static", "full"), ("avl, h2o text, filter", "static", "core"), ("avl, h2o text, filter", "gathering", "core"), ("avl", "gathering", "refresh")],
+)
 @torch.no_grad()
-def test_a_token_is_written_in_place(name):
+def test_a_token_is_written_in_place(name, how, kind):
     torch._dynamo.reset()
     model = tiny_model(1, layers=2)
-    cache = KVCache(model.config.text, POLICIES[name].build(2), (0,), static=True)
-    ids = prompt_ids(model, 3, 90, 12)
+    cache = KVCache(model.config.text, POLICIES[name].build(2), (0,), **DECODES[how])
+    ids = prompt_ids(model, 3, 290, 12)
     prefill_step(model, cache, [ids], image_features(model, ids), 9)
     step = torch.compile(decode_step, fullgraph=True, dynamic=False)
-    _, (code,) = run_and_get_code(step, model, cache, cache.kind, torch.tensor([5]), torch.tensor([2]))
+    _, (code,) = run_and_get_code(step, model, cache, kind, torch.tensor([5]), torch.tensor([2]))
+    if kind == "core" and how == "gathering":  # what is read by index is never stored
+        batch, kv_heads, slots, dim = cache.layers[0].k.shape
+        read = cache.layers[0].core_slots.shape[1] + slots - cache.layers[0].tail
+        assert read < slots and f"empty_strided_cpu(({batch}, {kv_heads}, 2, {read})" in code  # the weights
+        assert f"{read}, {dim})" not in code
     for buffer in (cache.layers[0].k, cache.layers[0].position):
         assert str(tuple(buffer.shape)) in code  # as an input
         assert f"empty_strided_cpu({tuple(buffer.shape)}" not in code

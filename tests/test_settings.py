@@ -149,6 +149,9 @@ def test_notes_on_what_is_legal_but_may_surprise():
     assert parse("--vision_adaptive_attention --vision_adaptive_attention_compute_rate 0.5").notes() == []  # no interval, no core
     assert parse("--policy avl --vision_adaptive_attention no").notes() == ["policy 'avl' saves no bytes"]
     assert all(not CacheSettings.preset(name).notes() for name in REGISTRY if name != "full")
+    text_alone = "--kv_budget has no effect on a prompt without images: it is kept by evicting image entries"
+    assert parse("--policy avl --kv_budget 0.5").notes(images=False) == [text_alone]
+    assert not parse("--policy avl --kv_budget 0.5").notes() and not parse("--policy h2o --kv_budget 0.5").notes(images=False)
 
 
 def test_settings_read_back_from_what_is_stored():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from pathlib import Path
 
@@ -46,6 +47,31 @@ def generated(vlm: VLM, inputs: ModelInputs, sampling: Sampling) -> list[int]:
 
 def said(answer: Answer) -> tuple:
     return answer.text, answer.token_ids, answer.finish
+
+
+# Compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["full", "avl"])
+def test_compiled_answers_are_the_same_and_nothing_compiles_twice(vlm, pages, name):
+    """Answers and conversations about one page, then about another one: no graph is added."""
+    torch._dynamo.reset()
+    compiled = VLM(vlm.model, vlm.processor, compiled=True)
+    counters, graphs = torch._dynamo.utils.counters, []
+    options = dict(sampling=Sampling(12), settings=SETTINGS[name])
+    counters.clear()
+    for page in (pages[0], Image.open(pages[0]).rotate(180)):
+        assert said(compiled.ask(QUESTION, [page], **options)) == said(vlm.ask(QUESTION, [page], **options))
+        chats = [model.chat(**options) for model in (compiled, vlm)]
+        for question, images in ((QUESTION, [page]), ("And what is that?", [])):
+            streams = [chat.ask(question, images) for chat in chats]
+            texts = ["".join(stream) for stream in streams]
+            assert texts[0] == texts[1] and len(streams[0].answer.token_ids) == 12
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 2 and not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 # Answers

@@ -67,7 +67,7 @@ class KVCache:
         """Forget all entries; as many new sequences as before use the buffers again where they fit."""
         self.tracks = [Track(sample) for sample in samples]
         self.turns = 0
-        self.kinds: list[str] = []  # what each decode step of this turn read
+        self.kinds: list[str] = []  # of this turn's decode steps
         self.max_steps = 0  # for which there is room
 
     @property

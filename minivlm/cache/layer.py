@@ -57,7 +57,8 @@ class Layer:
         self.position = torch.zeros(batch, kv_heads, slots, dtype=torch.int32, device=device)
         self.score = torch.zeros(batch, kv_heads, slots - self.tail, device=device) if scored else None
         self.vision_row = torch.zeros(batch, self.tail, device=device)  # a refresh step's attention, mean over query heads
-        # 1 in a core step, for all right of `tail` as well; 0 for secondary vision.  Not bool: on a CPU that costs 15 % more.
+        # 1 for slots that take part in a core step, all from `tail` on included; 0 for secondary vision and what is left of it.
+        # Float: a bool mask makes the attention of a CPU 15 % slower.
         self.takes_part = torch.zeros(batch, slots, device=device)
         self.core_slots = torch.zeros(batch, self.core_extent(rows), dtype=torch.int64, device=device) if indexed else None
         self.next_slot = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)  # where the next token goes

@@ -144,7 +144,7 @@ class CacheSettings:
             return TextH2O(self.text_rate, self.text_init_cache, self.text_hh_rate)
         return (TextDirect if self.text_direct else TextHistory)(self.text_rate, self.text_init_cache)
 
-    def notes(self) -> list[str]:
+    def notes(self, images: bool = True) -> list[str]:
         """One line for each setting that is legal but may not do what its user expects."""
         notes = []
         if self.text_pruning_interval is not None:
@@ -153,6 +153,8 @@ class CacheSettings:
             notes.append(f"compute rate {self.vision_compute_rate:g} <= rate {self.vision_rate:g}: the core is everything kept")
         if not (self.vision or self.filter or self.text or self.all_h2o or REGISTRY[self.policy].whole_cache):
             notes.append(f"policy {self.policy!r} saves no bytes")
+        if self.kv_budget is not None and not images and (self.vision or self.filter):
+            notes.append("--kv_budget has no effect on a prompt without images: it is kept by evicting image entries")
         return notes
 
     def to_dict(self) -> dict[str, Any]:

@@ -194,6 +194,5 @@ class DemoTrainer(nn.Module):
         x = layer.input_layernorm(hidden)
         split = lambda y: y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2)
         q = rotate(split(a.q_proj(x[:, -length:])), tuple(r[:, :, -length:] for r in rope))
-        out = attention.attend(a.layer, q, rotate(split(a.k_proj(x)), rope), split(a.v_proj(x)))
-        hidden = hidden[:, -length:] + a.o_proj(out.transpose(1, 2).flatten(2))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        out = attention.attend(layer.layer, q, rotate(split(a.k_proj(x)), rope), split(a.v_proj(x)))
+        return layer.after(hidden[:, -length:], out)

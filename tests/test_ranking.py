@@ -1,0 +1,42 @@
+"""Choosing the best: by sorting 64-bit keys, and by counting bits, which has to give the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minivlm.cache.ranking import best_first, best_of
+
+N = 57
+
+
+def sorted_out(scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """What `best_of` promises, row by row, from a plain sort."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    for row, mask, n in zip(scores.view(-1, N), chosen.view(-1, N), count.flatten().tolist()):
+        ranked = sorted((i for i in range(N) if row[i] >= 0), key=lambda i: (-row[i].item(), i))
+        mask[ranked[:n]] = True
+    return chosen
+
+
+@pytest.mark.parametrize("values", [2, 5, 10**6], ids=lambda values: f"{values} values")
+def test_the_best_of_each_row(values):
+    """Batched over layers and sequences, each with a count of its own; many exact ties, zeros and tiny weights among them."""
+    generator = torch.Generator().manual_seed(values)
+    ranks = torch.randint(0, values, (4, 6, N), generator=generator)
+    scores = torch.where(ranks == 0, 0.0, torch.exp(-90.0 * ranks / values))  # down to subnormal numbers
+    scores[torch.rand(scores.shape, generator=generator) < 0.2] = -1.0
+    count = torch.randint(0, N, (4, 6, 1), generator=generator)
+    count[0, 0], count[0, 1] = 0, N  # none; more than there are
+    chosen = best_of(scores, count)
+    assert torch.equal(chosen, sorted_out(scores, count))
+    assert not chosen[0, 0].any() and torch.equal(chosen[0, 1], scores[0, 1] >= 0)
+    by_key = best_first(scores[2, 3], torch.arange(N))[: int(count[2, 3])]
+    assert set(chosen[2, 3].nonzero()[:, 0].tolist()) == {i for i in by_key.tolist() if scores[2, 3, i] >= 0}
+
+
+def test_ties_go_to_the_lower_index_and_position():
+    scores = torch.tensor([0.25, 0.5, 0.25, 0.25, 0.0, 0.0])
+    assert best_of(scores, torch.tensor([2])).tolist() == [True, True, False, False, False, False]
+    assert best_of(scores, torch.tensor([5])).tolist() == [True, True, True, True, True, False]
+    assert best_first(scores, torch.tensor([9, 8, 3, 7, 1, 0])).tolist() == [1, 2, 3, 0, 5, 4]
