@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from minivlm.cache.kv import KVCache
-from minivlm.generate import decode_step
+from minivlm.cache.layer import reselect
+from minivlm.generate import forward_step
 from minivlm.llava import Llava
 
 # Graphs of one process: kinds of steps x policies x batch sizes x buckets. Past it torch would refuse to compile more.
@@ -57,7 +58,9 @@ def compiled_blocks(model: Llava) -> Llava:
 def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str, Tensor, Tensor], Tensor]:
     """`decode_step`, compiled at its first call; for caches made with `static=True`."""
     cuda, marked = device.type == "cuda", None
-    step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
+    how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
+    # Apart: with the choice in the same graph, torch 2.11 writes wrong values into the last layer's buffer on a CPU.
+    step, choose = torch.compile(forward_step, **how), torch.compile(reselect, **how)
 
     def run(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
         nonlocal marked
@@ -69,6 +72,9 @@ def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str,
                 marked = weakref.ref(cache.layers[0])
             torch.compiler.cudagraph_mark_step_begin()
         with graph_limit():
-            return step(model, cache, kind, token, stop)
+            logits = step(model, cache, kind, token, stop)
+            if kind == "refresh":
+                choose(cache.layers, cache.active)
+            return logits
 
     return run

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.cache.kv import CLASSES, KVCache
+from minivlm.cache.layer import reselect
 from minivlm.cache.record import Observer
 from minivlm.errors import UserError
 from minivlm.llava import Llava
@@ -82,7 +83,15 @@ def prefill_step(
 
 
 def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
-    """Feed one token [B] per sequence and return the next logits [B, V]; to be compiled once per `kind` of step.
+    """Feed one token [B] per sequence and return the next logits [B, V]; a refresh then re-chooses the cores."""
+    logits = forward_step(model, cache, kind, token, stop)
+    if kind == "refresh":
+        reselect(cache.layers, cache.active)
+    return logits
+
+
+def forward_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
+    """A decode step without the choice of cores; to be compiled once per `kind` of step.
 
     A sequence that is at its end, by one of the `stop` ids or by the model's context, stores nothing any more.
     """

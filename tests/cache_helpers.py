@@ -12,6 +12,7 @@ from avl_reference import Reference, Settings
 from torch import Tensor
 
 from minivlm.cache.kv import KVCache
+from minivlm.cache.layer import reselect
 from minivlm.cache.policy import Policy
 from minivlm.cache.settings import CacheSettings
 from minivlm.cache.streaming import Streaming
@@ -72,6 +73,8 @@ class Player:
         run = self.cache.decode(self.cache.kind)
         hidden = self.model(self.model.language_model.embed_tokens(torch.tensor(tokens)[:, None]), self.cache.position, run)
         run.finish()
+        if run.kind == "refresh":
+            reselect(self.cache.layers, self.cache.active)
         self.cache.advance(run.kind)
         self._record(hidden[:, 0], chose=run.kind == "refresh")
 

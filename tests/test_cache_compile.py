@@ -84,7 +84,7 @@ def test_inductor_on_the_cpu(name, how):
         logits, _ = answer(cache, parts, compiled)
         torch.testing.assert_close(logits[:, 0], plain[:, 0], atol=1e-4, rtol=0)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == len(kinds) and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == len(kinds) + ("refresh" in kinds) and not counters["graph_break"]
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minivlm import attention
 from minivlm.cache import storage
-from minivlm.cache.layer import Layer, bucket, reselect
+from minivlm.cache.layer import Layer, bucket
 from minivlm.cache.policy import Policy, Prompt
 from minivlm.cache.prefill import Prefill, Turn
 from minivlm.cache.ranking import LAST, best_first, order_key
@@ -172,7 +172,7 @@ class KVCache:
     # --- decode --------------------------------------------------------------------------------------------------
 
     def decode(self, kind: str) -> Decode:
-        """The pass of a step of this `kind`.  The caller runs the decoder with it, then its `finish`, then `advance`."""
+        """The pass of a step of this `kind`.  The caller runs the decoder with it, its `finish`, `reselect` on the layers of a refresh, then `advance`."""
         return Decode(self, kind)
 
     @property
@@ -323,9 +323,7 @@ class Decode:
         return out
 
     def finish(self) -> None:
-        """To be called after the decoder: re-choose the cores where the step was a refresh, and count its token."""
-        if self.kind == "refresh":
-            reselect(self.cache.layers, self.cache.active)
+        """To be called after the decoder: count the step's token."""
         self.cache.fed.add_(self.cache.active)
 
     def _reading(self, held: Layer, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
