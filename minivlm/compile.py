@@ -1,7 +1,7 @@
-"""torch.compile: one graph for each kind of decode step, reused for every token, prompt and turn; and the prefill's blocks.
+"""torch.compile: a graph for each kind of decode step, reused for every token, prompt and turn; and the prefill's blocks.
 
 Everything that changes from step to step is a tensor, buffers come in buckets of slots, and a policy's kinds of steps
-are told apart by one string; so a graph is built once per kind, batch and bucket.  On CUDA the graphs are recorded
+are told apart by one string; so a graph is built once per kind, batch and bucket, and one that chooses the cores behind a refresh.  On CUDA the graphs are recorded
 (CUDA graphs), on a CPU inductor fuses the single-query attention into one pass over keys and values.
 """
 
@@ -20,7 +20,7 @@ from torch.utils._triton import has_triton
 
 from minivlm.cache.kv import KVCache
 from minivlm.cache.layer import reselect
-from minivlm.generate import forward_step
+from minivlm.generate import decode_step, forward_step
 from minivlm.llava import Llava
 
 # Graphs of one process: kinds of steps x policies x batch sizes x buckets. Past it torch would refuse to compile more.
@@ -60,7 +60,7 @@ def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str,
     cuda, marked = device.type == "cuda", None
     how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
     # Apart: with the choice in the same graph, torch 2.11 writes wrong values into the last layer's buffer on a CPU.
-    step, choose = torch.compile(forward_step, **how), torch.compile(reselect, **how)
+    forward, choose = torch.compile(forward_step, **how), torch.compile(reselect, **how)
 
     def run(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
         nonlocal marked
@@ -72,9 +72,6 @@ def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str,
                 marked = weakref.ref(cache.layers[0])
             torch.compiler.cudagraph_mark_step_begin()
         with graph_limit():
-            logits = step(model, cache, kind, token, stop)
-            if kind == "refresh":
-                choose(cache.layers, cache.active)
-            return logits
+            return decode_step(model, cache, kind, token, stop, forward, choose)
 
     return run

@@ -82,14 +82,6 @@ def prefill_step(
     return torch.cat(logits)
 
 
-def decode_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
-    """Feed one token [B] per sequence and return the next logits [B, V]; a refresh then re-chooses the cores."""
-    logits = forward_step(model, cache, kind, token, stop)
-    if kind == "refresh":
-        reselect(cache.layers, cache.active)
-    return logits
-
-
 def forward_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
     """A decode step without the choice of cores; to be compiled once per `kind` of step.
 
@@ -97,10 +89,22 @@ def forward_step(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: T
     """
     position = cache.position
     cache.active.logical_and_(~torch.isin(token, stop) & (position[:, 0] < cache.config.context_length))
-    run = cache.decode(kind)
-    hidden = model(model.language_model.embed_tokens(token[:, None]), position, run)
-    run.finish()
+    hidden = model(model.language_model.embed_tokens(token[:, None]), position, cache.decode(kind))
+    cache.fed.add_(cache.active)
     return model.lm_head(hidden[:, 0])
+
+
+def decode_step(
+    model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor, forward: Callable = forward_step, choose: Callable = reselect
+) -> Tensor:
+    """Feed one token [B] per sequence and return the next logits [B, V]; a refresh then re-chooses the cores.
+
+    The caller closes the step with `cache.advance(kind)`.  `forward` and `choose` may be compiled.
+    """
+    logits = forward(model, cache, kind, token, stop)
+    if kind == "refresh":
+        choose(cache.layers, cache.active)
+    return logits
 
 
 def _to_host(token: Tensor) -> Callable[[], list[int]]:

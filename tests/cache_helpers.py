@@ -12,10 +12,10 @@ from avl_reference import Reference, Settings
 from torch import Tensor
 
 from minivlm.cache.kv import KVCache
-from minivlm.cache.layer import reselect
 from minivlm.cache.policy import Policy
 from minivlm.cache.settings import CacheSettings
 from minivlm.cache.streaming import Streaming
+from minivlm.generate import decode_step
 from minivlm.llava import Llava
 
 
@@ -64,22 +64,20 @@ class Player:
         positions = [torch.arange(len(e)) + turn.start for e, turn in zip(embeds, run.turns)]
         pad = torch.nn.utils.rnn.pad_sequence
         hidden = self.model(pad(list(embeds), batch_first=True), pad(positions, batch_first=True), run)
-        self._record(hidden[torch.arange(len(embeds)), torch.tensor(run.lengths) - 1], chose=any(t.vision for t in self.cache.tracks))
+        last = hidden[torch.arange(len(embeds)), torch.tensor(run.lengths) - 1]
+        self._record(self.model.lm_head(last), chose=any(t.vision for t in self.cache.tracks))
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> None:
         if self.poison:
             self._poison()
-        run = self.cache.decode(self.cache.kind)
-        hidden = self.model(self.model.language_model.embed_tokens(torch.tensor(tokens)[:, None]), self.cache.position, run)
-        run.finish()
-        if run.kind == "refresh":
-            reselect(self.cache.layers, self.cache.active)
-        self.cache.advance(run.kind)
-        self._record(hidden[:, 0], chose=run.kind == "refresh")
+        kind = self.cache.kind
+        logits = decode_step(self.model, self.cache, kind, torch.tensor(tokens), stop=torch.zeros(0, dtype=torch.int64))
+        self.cache.advance(kind)
+        self._record(logits, chose=kind == "refresh")
 
-    def _record(self, hidden: Tensor, chose: bool) -> None:
-        self.logits.append(self.model.lm_head(hidden))
+    def _record(self, logits: Tensor, chose: bool) -> None:
+        self.logits.append(logits)
         self.seen.append((self.cache.base + self.cache.fed).tolist())
         batch, layers = len(self.cache.tracks), range(len(self.cache.layers))
         self.held.append(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from minivlm.cache.settings import CacheSettings
+from minivlm.compile import missing_compiler
 from minivlm.llava import Llava
 
 _ALL = dict(
@@ -30,6 +32,8 @@ POLICIES: dict[str, CacheSettings] = {
 
 # How a decode step is run: options of the cache.
 DECODES: dict[str, dict[str, bool]] = {"plain": {}, "static": dict(static=True), "gathering": dict(static=True, gather=True)}
+
+needs_compiler = pytest.mark.skipif(bool(missing_compiler(torch.device("cpu"))), reason="inductor needs a C++ compiler")
 
 
 def prompt_ids(model: Llava, *parts: int, seed: int = 0) -> Tensor:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 import torch
 from avl_cases import tiny_model
-from policies import DECODES, POLICIES, image_features, prompt_ids
+from policies import DECODES, POLICIES, image_features, needs_compiler, prompt_ids
 from torch._inductor.utils import run_and_get_code
 
 from minivlm.cache.kv import KVCache
-from minivlm.generate import decode_step, prefill_step
+from minivlm.generate import forward_step, prefill_step
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize(
     "name, how, kind",
     [("full", "static", "full"), ("avl, h2o text, filter", "static", "core"), ("avl, h2o text, filter", "gathering", "core"), ("avl", "gathering", "refresh")],
@@ -28,7 +27,7 @@ def test_a_token_is_written_in_place(name, how, kind):
     cache = KVCache(model.config.text, POLICIES[name].build(2), (0,), **DECODES[how])
     ids = prompt_ids(model, 3, 290, 12)
     prefill_step(model, cache, [ids], image_features(model, ids), 9)
-    step = torch.compile(decode_step, fullgraph=True, dynamic=False)
+    step = torch.compile(forward_step, fullgraph=True, dynamic=False)
     _, (code,) = run_and_get_code(step, model, cache, kind, torch.tensor([5]), torch.tensor([2]))
     if kind == "core" and how == "gathering":  # what is read by index is never stored
         batch, kv_heads, slots, dim = cache.layers[0].k.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import tiny
 import torch
 from cli_helpers import write_pages
 from PIL import Image
+from policies import needs_compiler
 
 import weights
 from minivlm import VLM, Answer, CacheSettings, Request, Sampling, UserError
@@ -53,7 +53,7 @@ def said(answer: Answer) -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("name", ["full", "avl"])
 def test_compiled_answers_are_the_same_and_nothing_compiles_twice(vlm, pages, name):
     """Answers and conversations about one page, then about another one: no graph is added."""

@@ -172,7 +172,7 @@ class KVCache:
     # --- decode --------------------------------------------------------------------------------------------------
 
     def decode(self, kind: str) -> Decode:
-        """The pass of a step of this `kind`.  The caller runs the decoder with it, its `finish`, `reselect` on the layers of a refresh, then `advance`."""
+        """The pass of a step of this `kind`, for `generate.decode_step`, after which comes `advance`."""
         return Decode(self, kind)
 
     @property
@@ -321,10 +321,6 @@ class Decode:
             after = torch.where(evict.bool(), self._victim(held, row[:, :, tail:], used, protected), after)
         held.next_slot.copy_(torch.where(cache.active[:, None], held.tail + after, held.next_slot))
         return out
-
-    def finish(self) -> None:
-        """To be called after the decoder: count the step's token."""
-        self.cache.fed.add_(self.cache.active)
 
     def _reading(self, held: Layer, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """Keys and values [B, H_kv, n, D] to pass over, which of the n are live [B, n], and where among them the tail begins."""
