@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-from minivlm import cli
+from minivlm.app import cli
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs one of the three commands; raises `UserError` for a user's mistake."""
     name, rest = (arguments[0], arguments[1:]) if arguments[:1] in (["compare"], ["sweep"]) else ("", arguments)
     if name == "compare":
-        from .compare import main as command
+        from eval.accuracy.compare import main as command
     elif name == "sweep":
-        from .sweep import main as command
+        from eval.accuracy.sweep import main as command
     else:
-        from .command import main as command
+        from eval.accuracy.command import main as command
     try:
         command(rest)
     except KeyboardInterrupt:

@@ -22,14 +22,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from minivlm import attention
-from minivlm.cache.kv import Decode, KVCache
-from minivlm.cache.prefill import Prefill
+from minivlm.cache import attention
+from minivlm.cache.kv_cache import Decode, KVCache
+from minivlm.cache.prefill_pass import Prefill
 from minivlm.cache.ranking import best_first
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.generate import Sampling
-from minivlm.vlm import VLM
+from minivlm.generation.generate import Sampling
+from minivlm.generation.vlm import VLM
 
 CLASSES = ("system", "vision", "text")
 
@@ -54,7 +54,9 @@ class WatchedCache(KVCache):
     It keeps the keys of all layers once more, in the order of the tokens, so that it needs to know nothing of slots.
     """
 
-    def prefill(self, is_vision: Sequence[Tensor], max_new_tokens: int, rows_at_once: int | None = None) -> list[_Watch]:
+    def prefill(
+        self, is_vision: Sequence[Tensor], max_new_tokens: int, rows_at_once: int | None = None
+    ) -> list[_Watch]:
         (run,) = super().prefill(is_vision, max_new_tokens, rows_at_once)
         self.rows: list[list[Tensor]] = []
         self.keys: list[Tensor] = []  # per layer [H_kv, S + steps, D]
@@ -98,7 +100,9 @@ def watch(vlm: VLM, prompt: str, image: Image.Image, max_new_tokens: int) -> Pag
         pass
     steps = 1 + int(cache.fed[0])  # on a GPU one more may have been started
     rows = [torch.stack(layers).cpu() for layers in cache.rows[:steps]]
-    return PageRows(rows, inputs.input_ids[0] == vlm.config.image_token_index, vlm.processor.decode(generation.tokens[0]))
+    return PageRows(
+        rows, inputs.input_ids[0] == vlm.config.image_token_index, vlm.processor.decode(generation.tokens[0])
+    )
 
 
 def concordance(rows: Tensor, share: float) -> Tensor:
@@ -137,7 +141,12 @@ def page_statistics(page: PageRows, shares: Sequence[float], distances: int) -> 
         by_age.append(text.flip(1))
         parts = (row[:, : page.system].sum(dim=1), row[:, vision].sum(dim=1), text.sum(dim=1))
         mass.append(torch.stack(parts, dim=-1))
-    return {"layers": across, "steps": along, "decay": _stacked(by_age).nanmean(dim=0), "mass": torch.stack(mass, dim=1)}
+    return {
+        "layers": across,
+        "steps": along,
+        "decay": _stacked(by_age).nanmean(dim=0),
+        "mass": torch.stack(mass, dim=1),
+    }
 
 
 def statistics(pages: Iterable[PageRows], shares: Sequence[float], distances: int) -> dict[str, Any]:
@@ -146,7 +155,9 @@ def statistics(pages: Iterable[PageRows], shares: Sequence[float], distances: in
     Raises `UserError` for shares outside (0, 1], for no pages, and as `concordance`.
     """
     if not all(0 < share <= 1 for share in shares):
-        raise UserError(f"the shares of top tokens are {', '.join(f'{share:g}' for share in shares)} (expected above 0, up to 1)")
+        raise UserError(
+            f"the shares of top tokens are {', '.join(f'{share:g}' for share in shares)} (expected above 0, up to 1)"
+        )
     found, tokens = [], []
     for page in pages:
         found.append(page_statistics(page, shares, distances))
@@ -175,7 +186,10 @@ def statistics(pages: Iterable[PageRows], shares: Sequence[float], distances: in
         ],
         "text_decay": {"by_layer": _listed(decay.nanmean(dim=0)), "mean": _listed(decay.nanmean(dim=(0, 1)))},
         "mass": {
-            name: {"by_step": _listed(mass[:, :, i].nanmean(dim=(0, 1))), "by_layer": _listed(mass[:, :, i].nanmean(dim=2).mean(dim=0))}
+            name: {
+                "by_step": _listed(mass[:, :, i].nanmean(dim=(0, 1))),
+                "by_layer": _listed(mass[:, :, i].nanmean(dim=2).mean(dim=0)),
+            }
             for i, name in enumerate(CLASSES)
         },
     }
@@ -212,7 +226,9 @@ def draw(stats: dict[str, Any], path: Path) -> None:
     steps, decay, mass = below.subplots(1, 3)
     for i, each in enumerate(stats["concordance"]):
         values = [value for value in each["between_steps_mean"] if value is not None]
-        steps.plot(range(1, len(values) + 1), values, marker="o", markersize=3, color=f"C{i}", label=f"top {each['share']:.0%}")
+        steps.plot(
+            range(1, len(values) + 1), values, marker="o", markersize=3, color=f"C{i}", label=f"top {each['share']:.0%}"
+        )
         steps.axhline(each["share"], color=f"C{i}", linestyle=":", linewidth=1)
     steps.set(xlabel="steps apart", ylabel="concordance between steps", ylim=(0, 1.02))
     steps.legend(title="dotted: by chance")

@@ -2,7 +2,7 @@
 
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.generate import Sampling
-from minivlm.vlm import VLM, Answer, Conversation, Request, Stats, Stream
+from minivlm.generation.generate import Sampling
+from minivlm.generation.vlm import VLM, Answer, Conversation, Request, Stats, Stream
 
 __all__ = ["VLM", "Answer", "CacheSettings", "Conversation", "Request", "Sampling", "Stats", "Stream", "UserError"]

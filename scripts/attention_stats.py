@@ -16,11 +16,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import weights
+from eval.accuracy.tasks.demo import DEMO
 from eval.attention_stats import draw, statistics, watch
-from eval.tasks.demo import DEMO
-from minivlm.cli import Parser, run, write_whole
+from minivlm.app.cli import Parser, run, write_whole
 from minivlm.errors import UserError
-from minivlm.images import load_image
+from minivlm.inputs.images import load_image
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,9 +28,24 @@ def main(arguments: Sequence[str]) -> None:
     parser.model_flags()
     parser.flag("image", nargs="+", type=Path, default=[], metavar="FILE", help="pages, each asked --prompt by itself")
     parser.flag("prompt", metavar="TEXT")
-    parser.flag("pages", type=int, default=20, metavar="N", help="without --image: held-out pages, drawn by --seed (20)")
-    parser.flag("max_new_tokens", type=int, default=DEMO.max_new_tokens, metavar="N", help=f"of one answer ({DEMO.max_new_tokens})")
-    parser.flag("top", nargs="+", type=float, default=[0.1, 0.3, 0.5], metavar="P", help="shares of vision tokens to compare (0.1 0.3 0.5)")
+    parser.flag(
+        "pages", type=int, default=20, metavar="N", help="without --image: held-out pages, drawn by --seed (20)"
+    )
+    parser.flag(
+        "max_new_tokens",
+        type=int,
+        default=DEMO.max_new_tokens,
+        metavar="N",
+        help=f"of one answer ({DEMO.max_new_tokens})",
+    )
+    parser.flag(
+        "top",
+        nargs="+",
+        type=float,
+        default=[0.1, 0.3, 0.5],
+        metavar="P",
+        help="shares of vision tokens to compare (0.1 0.3 0.5)",
+    )
     parser.flag("distances", type=int, default=16, metavar="K", help="compare steps up to K apart (16)")
     parser.flag("json", type=Path, required=True, metavar="OUT.json")
     parser.flag("plot", type=Path, metavar="OUT.png", help="needs matplotlib")
@@ -50,7 +65,9 @@ def main(arguments: Sequence[str]) -> None:
         questions = [DEMO.prompt(sample) for sample in dataset.samples]
     vlm = weights.load(args.model, device=args.device, dtype=args.dtype)
     pages = tqdm(zip(questions, images), total=len(images), unit="page", disable=None)
-    stats = statistics((watch(vlm, question, image, args.max_new_tokens) for question, image in pages), args.top, args.distances)
+    stats = statistics(
+        (watch(vlm, question, image, args.max_new_tokens) for question, image in pages), args.top, args.distances
+    )
     write_whole(args.json, lambda path: path.write_text(json.dumps(stats, indent=1) + "\n"))
     if args.plot:
         write_whole(args.plot, lambda path: draw(stats, path))

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval.benchmark import main  # noqa: E402
-from minivlm.cli import run  # noqa: E402
+from eval.speed.benchmark import main  # noqa: E402
+from minivlm.app.cli import run  # noqa: E402
 
 if __name__ == "__main__":
-    run(functools.partial(main, peers=ROOT / "benchmarks"))
+    run(functools.partial(main, peers=ROOT / "eval" / "speed"))

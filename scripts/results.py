@@ -14,33 +14,41 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval.command import add_arguments, parse  # noqa: E402
-from eval.compare import Finished, differences, in_words  # noqa: E402
-from eval.results import write_json  # noqa: E402
-from eval.sweep import BUDGETS, describe, draw, grid, run_cells  # noqa: E402
-from minivlm import cli  # noqa: E402
+from eval.accuracy.command import add_arguments, parse
+from eval.accuracy.compare import Finished, differences, in_words
+from eval.accuracy.results import write_json
+from eval.accuracy.sweep import BUDGETS, describe, draw, grid, run_cells
+from minivlm.app import cli
 
 POLICIES = ("full", "avl", "h2o", "fastv", "streaming", "random")
 KINDS = ("short", "long")
 WINDOWS = grid(["avl"], BUDGETS) + [
-    cell for window in (4, 16) for cell in grid(["avl"], BUDGETS, ["--vision_score_window", str(window)], f", window {window}")]
+    cell
+    for window in (4, 16)
+    for cell in grid(["avl"], BUDGETS, ["--vision_score_window", str(window)], f", window {window}")
+]
 HALF = "--vision_adaptive_attention --vision_adaptive_attention_rate 0.5"
 CORE = f"{HALF} --vision_adaptive_attention_compute_rate"
 TEXT = "--text_pruning_flag --text_init_cache 4"
 FILTER = "--prefill_filter_flag --prefill_filter_layer 3"
-PARTS = [{"name": name, "line": name, "flags": flags.split()} for name, flags in (
-    ("vision 0.5, no core", HALF),
-    ("core 0.6 every 3 steps", f"{CORE} 0.6 --vision_adaptive_attention_update_interval 3"),
-    ("core 0.7 every 3 steps", f"{CORE} 0.7 --vision_adaptive_attention_update_interval 3"),
-    ("core 0.9 every 3 steps", f"{CORE} 0.9 --vision_adaptive_attention_update_interval 3"),
-    ("core 0.7 every 8 steps", f"{CORE} 0.7 --vision_adaptive_attention_update_interval 8"),
-    ("text 0.5", TEXT),
-    ("text 0.5, last row only", f"{TEXT} --text_use_h2o false --compare_text_direct_pruning"),
-    ("text 0.5, history", f"{TEXT} --text_use_h2o false"),
-    ("filter 0.5 after layer 3", FILTER),
-    ("vision, core, text and filter", f"{CORE} 0.7 --vision_adaptive_attention_update_interval 3 {TEXT} {FILTER}"),
-)]
-BENCHMARK = "`python scripts/benchmark.py --shape llava-v1.6-vicuna-7b --random_weights --vision_tokens 2880 --policy full avl`"
+PARTS = [
+    {"name": name, "line": name, "flags": flags.split()}
+    for name, flags in (
+        ("vision 0.5, no core", HALF),
+        ("core 0.6 every 3 steps", f"{CORE} 0.6 --vision_adaptive_attention_update_interval 3"),
+        ("core 0.7 every 3 steps", f"{CORE} 0.7 --vision_adaptive_attention_update_interval 3"),
+        ("core 0.9 every 3 steps", f"{CORE} 0.9 --vision_adaptive_attention_update_interval 3"),
+        ("core 0.7 every 8 steps", f"{CORE} 0.7 --vision_adaptive_attention_update_interval 8"),
+        ("text 0.5", TEXT),
+        ("text 0.5, last row only", f"{TEXT} --text_use_h2o false --compare_text_direct_pruning"),
+        ("text 0.5, history", f"{TEXT} --text_use_h2o false"),
+        ("filter 0.5 after layer 3", FILTER),
+        ("vision, core, text and filter", f"{CORE} 0.7 --vision_adaptive_attention_update_interval 3 {TEXT} {FILTER}"),
+    )
+]
+BENCHMARK = (
+    "`python scripts/benchmark.py --shape llava-v1.6-vicuna-7b --random_weights --vision_tokens 2880 --policy full avl`"
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -77,12 +85,27 @@ def page(sections: dict[str, list[dict]], pictures: dict[str, bool], output: Pat
         return " ".join(f"ANLS, `avl` minus `{name}` at half: {difference(f'{name} 50%')}." for name in others)
 
     claims = [
-        ("Near-lossless at half the KV cache", "`python -m eval --policy avl --kv_budget 0.5`",
-         f"Against `full`: exact match {difference('full', 'exact_match')}; ANLS {difference('full')}."),
-        ("Ahead of FastV and H2O at the same half", "`python -m eval sweep --policies avl fastv h2o --budgets 0.5`", versus("fastv", "h2o")),
-        ("(beyond the paper) ahead of eviction at random", "`python -m eval sweep --policies avl random --budgets 0.5`", versus("random")),
-        ("So on DocVQA, TextVQA and OCRBench with LLaVA-1.5 and 1.6", "`python -m eval --model llava-hf/llava-v1.6-vicuna-7b-hf --tasks "
-         "docvqa_val,textvqa_val,ocrbench --policy avl --kv_budget 0.5`", "Not measured here: needs the 7B checkpoint, the data and a GPU."),
+        (
+            "Near-lossless at half the KV cache",
+            "`python -m eval --policy avl --kv_budget 0.5`",
+            f"Against `full`: exact match {difference('full', 'exact_match')}; ANLS {difference('full')}.",
+        ),
+        (
+            "Ahead of FastV and H2O at the same half",
+            "`python -m eval sweep --policies avl fastv h2o --budgets 0.5`",
+            versus("fastv", "h2o"),
+        ),
+        (
+            "(beyond the paper) ahead of eviction at random",
+            "`python -m eval sweep --policies avl random --budgets 0.5`",
+            versus("random"),
+        ),
+        (
+            "So on DocVQA, TextVQA and OCRBench with LLaVA-1.5 and 1.6",
+            "`python -m eval --model llava-hf/llava-v1.6-vicuna-7b-hf --tasks "
+            "docvqa_val,textvqa_val,ocrbench --policy avl --kv_budget 0.5`",
+            "Not measured here: needs the 7B checkpoint, the data and a GPU.",
+        ),
         ("So on VQAv2, Nocaps and Flickr30k", "none", "These tasks are not supported."),
         ("KV cache of LLaVA-1.6-7B 1179 MB → 531 MB (45 %)", BENCHMARK, "See the benchmark page."),
         ("Decoder 1.8 times faster at half the cache, latency 50.5 %", BENCHMARK, "See the benchmark page."),
@@ -91,8 +114,8 @@ def page(sections: dict[str, list[dict]], pictures: dict[str, bool], output: Pat
     versions = ", ".join(f"{name} {version}" for name, version in full["versions"].items())
     return f"""# Accuracy against KV bytes, measured
 
-Written by `make results`; do not edit. Model `{full['settings']['model']}`, task `{task}` ({full['data'][task]}), {full['results'][task]['n']}
-questions, batch size {full['settings']['batch_size']}, {full['settings']['device']}, dtype {full['settings']['dtype']}; {versions}. Every figure has
+Written by `make results`; do not edit. Model `{full["settings"]["model"]}`, task `{task}` ({full["data"][task]}), {full["results"][task]["n"]}
+questions, batch size {full["settings"]["batch_size"]}, {full["settings"]["device"]}, dtype {full["settings"]["dtype"]}; {versions}. Every figure has
 its standard error, so two rows must differ by well over both to mean something; paired differences are in the last table. The
 bundled model is tiny and its pages are drawn: this shows how the parts behave, and proves nothing about large models. Times are
 those of this one run, eager and on whatever else the machine was doing; [performance.md](performance.md) is about time.

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights
+from minivlm.app.cli import Parser, expect_writable, note_settings, run, write_whole
+from minivlm.app.trace import expand, trace
 from minivlm.cache import settings as cache
-from minivlm.cli import Parser, expect_writable, note_settings, run, write_whole
 from minivlm.errors import UserError
-from minivlm.images import load_image
-from minivlm.trace import expand, trace
-from minivlm.vlm import VLM
+from minivlm.generation.vlm import VLM
+from minivlm.inputs.images import load_image
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     ids, pixels, sizes = given["input_ids"][0].long(), given.get("pixel_values"), given.get("image_sizes")
     for name, found in ("input_ids", ids), ("teacher forcing", forced):
         if found is not None and not 0 <= int(found.min()) <= int(found.max()) < vlm.config.text.vocab_size:
-            raise UserError(f"{name}: ids {int(found.min())} to {int(found.max())} (expected 0 to {vlm.config.text.vocab_size - 1})")
+            raise UserError(
+                f"{name}: ids {int(found.min())} to {int(found.max())} (expected 0 to {vlm.config.text.vocab_size - 1})"
+            )
     features = []
     if pixels is not None:
         features = vlm.image_features(pixels, [] if sizes is None else [tuple(size) for size in sizes.tolist()])
@@ -45,15 +47,32 @@ def main(arguments: Sequence[str]) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.model_flags()
-    parser.flag("inputs", type=Path, metavar="IN.safetensors", help="input_ids [1, S], pixel_values, for LLaVA-NeXT image_sizes (h, w)")
-    parser.flag("image", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="with --prompt, instead of --inputs")
+    parser.flag(
+        "inputs",
+        type=Path,
+        metavar="IN.safetensors",
+        help="input_ids [1, S], pixel_values, for LLaVA-NeXT image_sizes (h, w)",
+    )
+    parser.flag(
+        "image",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="with --prompt, instead of --inputs",
+    )
     parser.flag("prompt", metavar="TEXT", help="the question; <image> in it says where an image stands")
-    parser.flag("steps", type=int, required=True, metavar="N", help="prefill included; the end of the answer is ignored")
-    parser.flag("teacher_forcing", type=Path, metavar="TRACE.safetensors", help="feed its `tokens` instead of the model's own")
+    parser.flag(
+        "steps", type=int, required=True, metavar="N", help="prefill included; the end of the answer is ignored"
+    )
+    parser.flag(
+        "teacher_forcing", type=Path, metavar="TRACE.safetensors", help="feed its `tokens` instead of the model's own"
+    )
     parser.flag("out", type=Path, required=True, metavar="OUT.safetensors", help="written whole or not at all")
     cache.add_arguments(parser)
     args = parser.parse_args(arguments)
-    if (args.inputs is None) == (args.prompt is None) or args.inputs and args.image:
+    if (args.inputs is None) == (args.prompt is None) or (args.inputs and args.image):
         raise UserError("expected either --inputs, or --prompt with --image")
     if args.steps < 1:
         raise UserError(f"--steps is {args.steps} (expected at least 1)")
@@ -66,11 +85,17 @@ def read_inputs(path: Path) -> dict[str, Tensor]:
     given = read(path, "input_ids")
     ids, pixels, sizes = given["input_ids"], given.get("pixel_values"), given.get("image_sizes")
     if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or not is_integer(ids):
-        raise UserError(f"{path}: input_ids have shape {list(ids.shape)} and dtype {ids.dtype} (expected integers [1, S])")
+        raise UserError(
+            f"{path}: input_ids have shape {list(ids.shape)} and dtype {ids.dtype} (expected integers [1, S])"
+        )
     if pixels is not None and pixels.numel() == 0:
         raise UserError(f"{path}: pixel_values hold no image (expected at least one, or no pixel_values)")
-    if sizes is not None and (sizes.ndim != 2 or sizes.shape[1] != 2 or not is_integer(sizes) or bool((sizes < 1).any())):
-        raise UserError(f"{path}: image_sizes are {sizes.tolist()} (expected a height and a width in pixels for each image)")
+    if sizes is not None and (
+        sizes.ndim != 2 or sizes.shape[1] != 2 or not is_integer(sizes) or bool((sizes < 1).any())
+    ):
+        raise UserError(
+            f"{path}: image_sizes are {sizes.tolist()} (expected a height and a width in pixels for each image)"
+        )
     return given
 
 
@@ -78,7 +103,9 @@ def read_tokens(path: Path) -> Tensor:
     """The `tokens` [T] of a trace; raises `UserError`."""
     tokens = read(path, "tokens")["tokens"]
     if tokens.ndim != 1 or len(tokens) == 0 or not is_integer(tokens):
-        raise UserError(f"{path}: tokens have shape {list(tokens.shape)} and dtype {tokens.dtype} (expected integers [T])")
+        raise UserError(
+            f"{path}: tokens have shape {list(tokens.shape)} and dtype {tokens.dtype} (expected integers [T])"
+        )
     return tokens.long()
 
 

@@ -1,6 +1,6 @@
 """Train the bundled demo checkpoint from scratch, export it, and measure it on held-out pages.
 
-The logic is in scripts/demo_training; pages and questions come from eval/pages.py, the model is minivlm's own.
+The logic is in scripts/demo_training; pages and questions come from eval/demo/pages.py, the model is minivlm's own.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "100")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-import weights  # noqa: E402
-from demo_training.evaluate import evaluate, table  # noqa: E402
-from demo_training.export import export  # noqa: E402
-from demo_training.loop import Run  # noqa: E402
-from minivlm.cache.settings import spellings  # noqa: E402
-from minivlm.errors import UserError  # noqa: E402
+import weights
+from demo_training.evaluate import evaluate, table
+from demo_training.export import export
+from demo_training.loop import Run
+from minivlm.cache.settings import spellings
+from minivlm.errors import UserError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,14 +33,26 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         return lambda flag, **options: sub.add_argument(*spellings(flag), dest=flag, **options)
 
-    flag = command("train", "Train; writes RUN/state.pt every two minutes and, every 20 seconds, a line to "
-                   "RUN/log.jsonl: losses, shares of short and long answers without a mistake, pages a second.")
+    flag = command(
+        "train",
+        "Train; writes RUN/state.pt every two minutes and, every 20 seconds, a line to "
+        "RUN/log.jsonl: losses, shares of short and long answers without a mistake, pages a second.",
+    )
     flag("run", type=Path, required=True, help="folder of the run")
     flag("resume", action="store_true", help="go on from RUN/state.pt")
-    flag("stage", choices=("1", "2", "all"), default="all",
-         help="1: the vision tower learns to name the characters in each patch; 2: everything learns to answer (all)")
-    flag("time_budget", type=float, default=5940, help="seconds of training over all sittings; stage 1 gets an "
-         "eighteenth, the learning rate falls to a fiftieth at the end (5940, meant for two CPU cores)")
+    flag(
+        "stage",
+        choices=("1", "2", "all"),
+        default="all",
+        help="1: the vision tower learns to name the characters in each patch; 2: everything learns to answer (all)",
+    )
+    flag(
+        "time_budget",
+        type=float,
+        default=5940,
+        help="seconds of training over all sittings; stage 1 gets an "
+        "eighteenth, the learning rate falls to a fiftieth at the end (5940, meant for two CPU cores)",
+    )
     flag("pages", type=int, default=8, help="pages a step (8)")
     flag("rate", type=float, default=2e-3, help="learning rate (0.002)")
     flag("tower_rate", type=float, default=3e-4, help="learning rate of the vision tower in stage 2 (0.0003)")

@@ -16,11 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import tiny
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import tiny
 import weights
 from minivlm import Sampling
 
@@ -43,7 +43,12 @@ def write(folder: Path, layers: int) -> None:
             vocab_size=32064,
         ),
         vision_config=dict(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
         ),
     )
     tiny.dump(folder / "config.json", config)

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minivlm.compile import missing_compiler
-from minivlm.config import VLMConfig
 from minivlm.errors import UserError
-from minivlm.llava import Llava
-from minivlm.processor import Processor
-from minivlm.tokenizer import read_json
-from minivlm.vlm import VLM
+from minivlm.generation.compile import missing_compiler
+from minivlm.generation.vlm import VLM
+from minivlm.inputs.processor import Processor
+from minivlm.inputs.tokenizer import read_json
+from minivlm.model.config import VLMConfig
+from minivlm.model.llava import Llava
 from weights.find import find_checkpoint
 from weights.layout import match
 from weights.read import fill, read_headers
@@ -104,7 +104,9 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not supported (expected auto, cpu, cuda or cuda:N)")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use")
+        raise UserError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
+        )
     return device
 
 

@@ -50,7 +50,9 @@ def find_checkpoint(model: str | Path | None = None) -> Path:
     files = sorted(set(shard_names(folder / INDEX).values())) if (folder / INDEX).is_file() else [WEIGHTS]
     folder = _fetch(model, folder.name, files)
     if missing := [file for file in ["config.json", *files] if not (folder / file).is_file()]:
-        raise UserError(f"{model}: the hub repository, or its cached copy, has no {', '.join(missing)} (commit {folder.name})")
+        raise UserError(
+            f"{model}: the hub repository, or its cached copy, has no {', '.join(missing)} (commit {folder.name})"
+        )
     return folder
 
 
@@ -59,9 +61,13 @@ def _fetch(repo: str, commit: str | None, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, revision=commit, allow_patterns=files))
     except GatedRepoError:
-        raise UserError(f"{repo}: gated on the hub (accept its terms on its page there, then log in or set HF_TOKEN)") from None
+        raise UserError(
+            f"{repo}: gated on the hub (accept its terms on its page there, then log in or set HF_TOKEN)"
+        ) from None
     except RepositoryNotFoundError:
-        raise UserError(f"{repo}: no such folder, and no such repository on the hub (or a private one: set HF_TOKEN)") from None
+        raise UserError(
+            f"{repo}: no such folder, and no such repository on the hub (or a private one: set HF_TOKEN)"
+        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         hint = " (check HF_TOKEN and its permissions)" if status in (401, 403) else ""

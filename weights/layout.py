@@ -1,4 +1,4 @@
-"""Names on disk -> names of `minivlm.llava.Llava`, and the strict comparison of the two.
+"""Names on disk -> names of `minivlm.model.llava.Llava`, and the strict comparison of the two.
 
 Three key layouts are in use: (a) the hub's, (b) the module names of transformers since 4.52, and (c) what
 transformers 5 saves, which is (a) with a shorter tower prefix.  All are renames of prefixes.
@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from minivlm.config import VLMConfig
 from minivlm.errors import UserError
+from minivlm.model.config import VLMConfig
 from weights.read import DTYPES, StoredTensor
 
 _PREFIXES = (

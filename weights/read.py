@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.tokenizer import read_json
+from minivlm.inputs.tokenizer import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -91,7 +91,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, _MAX_HEADER):
-                raise UserError(f"{path}: header of {length} bytes in a file of {size} (truncated, or not a safetensors file)")
+                raise UserError(
+                    f"{path}: header of {length} bytes in a file of {size} (truncated, or not a safetensors file)"
+                )
             text = file.read(length)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
@@ -104,10 +106,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     end = 8 + length
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != end:
-            raise UserError(f"{path}: damaged safetensors header ({tensor.name} starts at byte {tensor.start}, expected {end})")
+            raise UserError(
+                f"{path}: damaged safetensors header ({tensor.name} starts at byte {tensor.start}, expected {end})"
+            )
         end += tensor.nbytes
     if end != size:
-        raise UserError(f"{path}: {size} bytes, its header describes {end} ({'truncated' if size < end else 'trailing data'})")
+        raise UserError(
+            f"{path}: {size} bytes, its header describes {end} ({'truncated' if size < end else 'trailing data'})"
+        )
     return {tensor.name: tensor for tensor in tensors}
 
 

@@ -34,7 +34,9 @@ def best_of(scores: Tensor, count: Tensor) -> Tensor:
     threshold = torch.zeros_like(count, dtype=torch.int32)
     for bit in reversed(range(31)):
         higher = threshold | (1 << bit)
-        threshold = torch.where((bits >= higher).sum(dim=-1, keepdim=True, dtype=torch.int32) >= count, higher, threshold)
+        threshold = torch.where(
+            (bits >= higher).sum(dim=-1, keepdim=True, dtype=torch.int32) >= count, higher, threshold
+        )
     better, equal = bits > threshold, bits == threshold
     room = count - better.sum(dim=-1, keepdim=True)
     return better | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))

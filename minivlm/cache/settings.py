@@ -12,18 +12,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from minivlm.cache import random, streaming
-from minivlm.cache.avl import AdaptiveFilter, AdaptiveVision, TextDirect, TextH2O, TextHistory
-from minivlm.cache.h2o import WholeCacheH2O
+from minivlm.cache.policies import random_vision, streaming
+from minivlm.cache.policies.avl import AdaptiveFilter, AdaptiveVision, TextDirect, TextH2O, TextHistory
+from minivlm.cache.policies.h2o import WholeCacheH2O
 from minivlm.cache.policy import Policy, TokenBudget
 from minivlm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Preset:
     """What `--policy NAME` stands for."""
 
     fields: dict[str, Any] = field(default_factory=dict)  # the settings it sets
-    adapt: Callable[[Policy, float | None, int], Policy] | None = None  # (policy of the flags, kv_budget, seed) -> policy
+    adapt: Callable[[Policy, float | None, int], Policy] | None = (
+        None  # (policy of the flags, kv_budget, seed) -> policy
+    )
     whole_cache: bool = False  # it decides over all entries, which excludes the parts for vision and for text
     needs_vision: bool = False
 
@@ -35,7 +38,7 @@ REGISTRY: dict[str, Preset] = {
     "h2o": Preset(dict(all_h2o=True)),
     "fastv": Preset(dict(filter=True, filter_layer=2, filter_rate=0.5)),
     "streaming": Preset(adapt=streaming.adapt, whole_cache=True),
-    "random": Preset(dict(vision=True, vision_rate=0.5), adapt=random.adapt, needs_vision=True),
+    "random": Preset(dict(vision=True, vision_rate=0.5), adapt=random_vision.adapt, needs_vision=True),
 }
 
 
@@ -67,9 +70,14 @@ class CacheSettings:
         0.6, "vision_adaptive_attention_compute_rate", float, "share of the vision entries left out of a core step"
     )
     vision_interval: int = _flag(
-        -1, "vision_adaptive_attention_update_interval", int, "decode steps from one choice of the core to the next; <= 0: no core"
+        -1,
+        "vision_adaptive_attention_update_interval",
+        int,
+        "decode steps from one choice of the core to the next; <= 0: no core",
     )
-    filter: bool = _flag(False, "prefill_filter_flag", parse_bool, "stop computing the least attended vision tokens in prefill")
+    filter: bool = _flag(
+        False, "prefill_filter_flag", parse_bool, "stop computing the least attended vision tokens in prefill"
+    )
     filter_layer: int = _flag(3, "prefill_filter_layer", int, "the first layer that sees only the survivors")
     filter_rate: float = _flag(0.5, "prefill_filter_rate", float, "share of the vision tokens that is dropped there")
     text: bool = _flag(False, "text_pruning_flag", parse_bool, "evict text entries per head")
@@ -77,10 +85,16 @@ class CacheSettings:
     text_init_cache: int = _flag(20, "text_init_cache", int, "text entries that always may stay")
     text_h2o: bool = _flag(True, "text_use_h2o", parse_bool, "evict text by accumulated attention")
     text_hh_rate: float = _flag(0.7, "text_h20_hh_rate_in_cache", float, "share of the text budget for heavy hitters")
-    text_direct: bool = _flag(False, "compare_text_direct_pruning", parse_bool, "evict text by the last row alone (without text_use_h2o)")
+    text_direct: bool = _flag(
+        False, "compare_text_direct_pruning", parse_bool, "evict text by the last row alone (without text_use_h2o)"
+    )
     all_h2o: bool = _flag(False, "all_use_h2o", parse_bool, "H2O over the whole cache, vision and text alike")
-    text_pruning_interval: int | None = _flag(None, "text_pruning_interval", int, "accepted, without effect: the budget holds at every step")
-    kv_budget: float | None = _flag(None, "kv_budget", float, "share of the prompt's KV bytes the policy may hold (sets its rate)")
+    text_pruning_interval: int | None = _flag(
+        None, "text_pruning_interval", int, "accepted, without effect: the budget holds at every step"
+    )
+    kv_budget: float | None = _flag(
+        None, "kv_budget", float, "share of the prompt's KV bytes the policy may hold (sets its rate)"
+    )
     score_window: int = _flag(1, "vision_score_window", int, "last prompt rows whose mean attention scores vision")
     seed: int = 0  # of the `random` policy; scripts fill it from --seed
 
@@ -111,7 +125,9 @@ class CacheSettings:
             if not 0 < self.kv_budget <= 1:
                 raise UserError(f"--kv_budget is {self.kv_budget:g} (expected a share above 0, up to 1)")
             if self.kv_budget < 1 and not (whole or self.vision or self.filter):
-                raise UserError(f"--kv_budget {self.kv_budget:g}: the full cache holds everything (choose a policy that evicts vision or all)")
+                raise UserError(
+                    f"--kv_budget {self.kv_budget:g}: the full cache holds everything (choose a policy that evicts vision or all)"
+                )
 
     @classmethod
     def preset(cls, policy: str, **changes: Any) -> CacheSettings:
@@ -122,14 +138,20 @@ class CacheSettings:
         """The policy's parts for a decoder of `num_layers`; raises `UserError` if the filter lies outside of it."""
         if self.filter and self.filter_layer > num_layers:
             raise UserError(f"--prefill_filter_layer is {self.filter_layer}, the model has {num_layers} layers")
-        vision = AdaptiveVision(self.vision_rate, self.vision_compute_rate, self.vision_interval, self.kv_budget) if self.vision else None
+        vision = (
+            AdaptiveVision(self.vision_rate, self.vision_compute_rate, self.vision_interval, self.kv_budget)
+            if self.vision
+            else None
+        )
         # Where vision is evicted anyway, the budget is kept there and the filter keeps its rate.
         filter_budget = None if vision else self.kv_budget
         policy = Policy(
             name=self.policy,
             vision=vision,
             budget=self._budget(),
-            filter=AdaptiveFilter(self.filter_layer, self.filter_rate, num_layers, filter_budget) if self.filter else None,
+            filter=AdaptiveFilter(self.filter_layer, self.filter_rate, num_layers, filter_budget)
+            if self.filter
+            else None,
             window=self.score_window,
         )
         adapt = REGISTRY[self.policy].adapt
@@ -149,8 +171,15 @@ class CacheSettings:
         notes = []
         if self.text_pruning_interval is not None:
             notes.append("--text_pruning_interval has no effect: the text budget is applied at every step")
-        if self.vision and self.vision_interval > 0 and self.vision_compute_rate <= self.vision_rate and self.kv_budget is None:
-            notes.append(f"compute rate {self.vision_compute_rate:g} <= rate {self.vision_rate:g}: the core is everything kept")
+        if (
+            self.vision
+            and self.vision_interval > 0
+            and self.vision_compute_rate <= self.vision_rate
+            and self.kv_budget is None
+        ):
+            notes.append(
+                f"compute rate {self.vision_compute_rate:g} <= rate {self.vision_rate:g}: the core is everything kept"
+            )
         if not (self.vision or self.filter or self.text or self.all_h2o or REGISTRY[self.policy].whole_cache):
             notes.append(f"policy {self.policy!r} saves no bytes")
         if self.kv_budget is not None and not images and (self.vision or self.filter):
@@ -164,7 +193,12 @@ class CacheSettings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--policy` and a flag per setting, in both spellings; a boolean takes true/false or stands alone."""
     group = parser.add_argument_group("KV cache policy (rates are shares removed)")
-    group.add_argument("--policy", default=argparse.SUPPRESS, metavar="|".join(REGISTRY), help="a preset; the flags below override it (full)")
+    group.add_argument(
+        "--policy",
+        default=argparse.SUPPRESS,
+        metavar="|".join(REGISTRY),
+        help="a preset; the flags below override it (full)",
+    )
     for f in fields(CacheSettings):
         if "flag" not in f.metadata:
             continue
@@ -172,8 +206,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         alone = dict(nargs="?", const=True) if kind is parse_bool else {}
         default = "" if f.default is None else f" ({str(f.default).lower()})"
         group.add_argument(
-            *spellings(flag), dest=f"cache.{f.name}", type=kind, default=argparse.SUPPRESS, help=f.metadata["help"] + default,
-            metavar={parse_bool: "BOOL", float: "F", int: "N"}[kind], **alone,
+            *spellings(flag),
+            dest=f"cache.{f.name}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            help=f.metadata["help"] + default,
+            metavar={parse_bool: "BOOL", float: "F", int: "N"}[kind],
+            **alone,
         )
 
 

@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minivlm.cache.layer import Layer, Row
-from minivlm.cli import write_whole
+from minivlm.app.cli import write_whole
+from minivlm.cache.buffers import Layer, Row
 from minivlm.errors import UserError
 
 if TYPE_CHECKING:
-    from minivlm.cache.kv import KVCache
+    from minivlm.cache.kv_cache import KVCache
 
 _VERSION = 2
 _KEY = "minivlm.kv_cache"  # of the metadata
@@ -93,7 +93,10 @@ def _identity(cache: KVCache, dtype: torch.dtype) -> dict[str, Any]:
         "policy": {
             "name": cache.policy.name,
             "window": cache.policy.window,
-            **{name: {"rule": None} if part is None else {"rule": type(part).__name__, **asdict(part)} for name, part in parts.items()},
+            **{
+                name: {"rule": None} if part is None else {"rule": type(part).__name__, **asdict(part)}
+                for name, part in parts.items()
+            },
         },
         "config": asdict(cache.config),
         "dtype": str(dtype).removeprefix("torch."),
@@ -158,21 +161,37 @@ class _Stored:
             found.append(self._tensor(f"tracks.{b}.{name}", (None,), torch.int64, 0, last).tolist())
         managed, vision, tail = found
         ascending = all(first < second for places in (managed, vision) for first, second in zip(places, places[1:]))
-        if not ascending or not tail or tail[0] > len(managed) or any(then - now not in (0, 1) for now, then in zip(tail, tail[1:])):
+        if (
+            not ascending
+            or not tail
+            or tail[0] > len(managed)
+            or any(then - now not in (0, 1) for now, then in zip(tail, tail[1:]))
+        ):
             raise UserError(f"damaged (the lists of sequence {b})")
         return managed, vision, tail
 
     def _layer(self, i: int, cache: KVCache, dtype: torch.dtype) -> Layer:
         batch, scored = len(cache.tracks), cache.policy.budget is not None
         heads, dim = cache.config.num_key_value_heads, cache.config.head_dim
-        counts = self._tensor(f"layers.{i}.rows", (batch, len(_COUNTS)), torch.int64, 0, cache.config.context_length + 1)
+        counts = self._tensor(
+            f"layers.{i}.rows", (batch, len(_COUNTS)), torch.int64, 0, cache.config.context_length + 1
+        )
         rows = [Row(*row) for row in counts.tolist()]
         for row, (_, _, tail) in zip(rows, self.lists):
-            if row.core > row.vision or (row.tail, row.capacity) != (tail[0], max([tail[0], *(n + 1 for n in tail[:-1])])):
+            if row.core > row.vision or (row.tail, row.capacity) != (
+                tail[0],
+                max([tail[0], *(n + 1 for n in tail[:-1])]),
+            ):
                 raise UserError(f"damaged (layers.{i}.rows)")
         left, slots = Layer.extent(rows)
         # All is read and checked before anything is allocated by the counts.
-        shapes = dict(k=(batch, heads, slots, dim), v=(batch, heads, slots, dim), position=(batch, heads, slots), takes_part=(batch, slots), next_slot=(batch, heads))
+        shapes = dict(
+            k=(batch, heads, slots, dim),
+            v=(batch, heads, slots, dim),
+            position=(batch, heads, slots),
+            takes_part=(batch, slots),
+            next_slot=(batch, heads),
+        )
         shapes |= dict(vision_row=(batch, left), **dict(score=(batch, heads, slots - left)) if scored else {})
         kinds = dict(k=dtype, v=dtype, position=torch.int32, next_slot=torch.int64)
         ranges = dict(position=(0, cache.config.context_length - 1), next_slot=(left, slots - 1))
@@ -191,14 +210,23 @@ class _Stored:
         layer.list_core()
         return layer
 
-    def _tensor(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, least: int | None = None, most: int | None = None) -> Tensor:
+    def _tensor(
+        self,
+        name: str,
+        shape: tuple[int | None, ...],
+        dtype: torch.dtype,
+        least: int | None = None,
+        most: int | None = None,
+    ) -> Tensor:
         """A tensor of the file; None stands for any size."""
         if name not in self.names:
             raise UserError(f"damaged (no tensor {name!r})")
         self.names.remove(name)
         found = self.file.get_slice(name).get_shape()
         if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found)):
-            raise UserError(f"damaged ({name} has shape {found}, expected {['any' if n is None else n for n in shape]})")
+            raise UserError(
+                f"damaged ({name} has shape {found}, expected {['any' if n is None else n for n in shape]})"
+            )
         tensor = self.file.get_tensor(name)
         if tensor.dtype != dtype:
             raise UserError(f"damaged ({name} is {tensor.dtype}, expected {dtype})")
@@ -208,5 +236,9 @@ class _Stored:
 
 
 def _whole_numbers(name: str, values: Any, count: int, least: int, most: int) -> None:
-    if not isinstance(values, list) or len(values) != count or not all(type(n) is int and least <= n <= most for n in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or not all(type(n) is int and least <= n <= most for n in values)
+    ):
         raise UserError(f"damaged metadata ({name})")

@@ -13,37 +13,41 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval import pages
-from minivlm import anyres
-from minivlm.config import VLMConfig
-
-from .text import EOS, FIRST_TURN, NEXT_TURN, Encoder
+from demo_training.text import EOS, FIRST_TURN, NEXT_TURN, Encoder
+from eval.demo import pages
+from minivlm.model import anyres
+from minivlm.model.config import VLMConfig
 
 IGNORE = -100
-CHARS = 1 + len(pages.CHARACTERS)                    # classes of a character slot, 0 is blank
-FIELDS = 1 + len(pages.FIELD_NAMES)                  # classes of "which field's value is here", 0 is none
-OFFSETS = 11                                         # classes of "how many patches into the value"
+CHARS = 1 + len(pages.CHARACTERS)  # classes of a character slot, 0 is blank
+FIELDS = 1 + len(pages.FIELD_NAMES)  # classes of "which field's value is here", 0 is none
+OFFSETS = 11  # classes of "how many patches into the value"
 _CHAR_CLASS = {c: 1 + i for i, c in enumerate(pages.CHARACTERS)}
-_QUESTIONS, _SUFFIXED, _LONG, _SECOND_TURN = 6, 0.45, 0.5, 0.1     # short ones a page; shares
+_QUESTIONS, _SUFFIXED, _LONG, _SECOND_TURN = 6, 0.45, 0.5, 0.1  # short ones a page; shares
 
 
 @dataclass
 class Batch:
     """B pages of one size; N image tokens, T packed text tokens, G tiles a page (the base view first)."""
+
     size: tuple[int, int]
-    tiles: Tensor        # [B, G, 3, tile, tile] uint8
-    chars: Tensor        # [B, N, 2] character classes of each patch's two cells, IGNORE off the page grid
-    field: Tensor        # [B, N] field class
-    offset: Tensor       # [B, N] patches into the value, IGNORE outside values
-    tokens: Tensor       # [B, T]
-    targets: Tensor      # [B, T] next token where it belongs to an answer, else IGNORE
-    segment: Tensor      # [B, T] conversation number, -1 for padding
-    position: Tensor     # [B, T] offset behind prefix and image
-    pointer: Tensor      # [4, P] int64 rows (b, t, n, patches of the token's target): where the next character stands
+    tiles: Tensor  # [B, G, 3, tile, tile] uint8
+    chars: Tensor  # [B, N, 2] character classes of each patch's two cells, IGNORE off the page grid
+    field: Tensor  # [B, N] field class
+    offset: Tensor  # [B, N] patches into the value, IGNORE outside values
+    tokens: Tensor  # [B, T]
+    targets: Tensor  # [B, T] next token where it belongs to an answer, else IGNORE
+    segment: Tensor  # [B, T] conversation number, -1 for padding
+    position: Tensor  # [B, T] offset behind prefix and image
+    pointer: Tensor  # [4, P] int64 rows (b, t, n, patches of the token's target): where the next character stands
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{f.name: v.to(device, non_blocking=True) if isinstance(v := getattr(self, f.name), Tensor) else v
-                        for f in fields(self)})
+        return Batch(
+            **{
+                f.name: v.to(device, non_blocking=True) if isinstance(v := getattr(self, f.name), Tensor) else v
+                for f in fields(self)
+            }
+        )
 
 
 def page_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
@@ -56,8 +60,9 @@ def page_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
     canvas = Image.new("RGB", (target[1], target[0]))
     canvas.paste(image, (left, top))
     base = image.resize((side, side), Image.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(target[0] // side, side,
-                                                                                   target[1] // side, side, 3)
+    pixels = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(
+        target[0] // side, side, target[1] // side, side, 3
+    )
     views = torch.frombuffer(bytearray(base.tobytes()), dtype=torch.uint8).view(1, side, side, 3)
     return torch.cat((views, pixels.transpose(1, 2).reshape(-1, side, side, 3))).permute(0, 3, 1, 2)
 
@@ -71,9 +76,9 @@ class PatchMap:
         top, left = anyres.padding_before(size, target)
         rows, cols = anyres.tile_grid(size, config)
         box = anyres.unpadded_box(size, (rows * side, cols * side))
-        self.row0, self.col0 = top // pages.CELL_H, left // pages.CELL_W       # cells of padding
+        self.row0, self.col0 = top // pages.CELL_H, left // pages.CELL_W  # cells of padding
         self.box, self.base = box, side * side
-        self.width = box[3] - box[2] + 1                                       # patches and a newline
+        self.width = box[3] - box[2] + 1  # patches and a newline
         self.count = anyres.image_tokens(size, config)
         self.off_grid = list(range(self.base)) + [self.base + (r + 1) * self.width - 1 for r in range(box[1] - box[0])]
 
@@ -97,8 +102,9 @@ def _segments(rng: random.Random, page: pages.Page) -> list[list[pages.Question]
     return singles
 
 
-def draw_batch(rng: random.Random, config: VLMConfig, encoder: Encoder, split: str, count: int,
-               size: tuple[int, int] | None = None) -> Batch:
+def draw_batch(
+    rng: random.Random, config: VLMConfig, encoder: Encoder, split: str, count: int, size: tuple[int, int] | None = None
+) -> Batch:
     """`count` pages of one random size (fewer tiles, more pages) with their questions."""
     size = size or rng.choice(pages.SIZES)
     where = PatchMap(size, config)
@@ -117,8 +123,8 @@ def draw_batch(rng: random.Random, config: VLMConfig, encoder: Encoder, split: s
                     chars[b, token, slot] = _CHAR_CLASS[character]
         for f in page.fields:
             first, last = where.locate(f.row, f.column)[0], where.locate(f.row, f.column + len(f.value) - 1)[0]
-            field[b, first:last + 1] = 1 + pages.FIELD_NAMES.index(f.name)
-            offset[b, first:last + 1] = torch.arange(last + 1 - first)
+            field[b, first : last + 1] = 1 + pages.FIELD_NAMES.index(f.name)
+            offset[b, first : last + 1] = torch.arange(last + 1 - first)
         tokens, targets, segment, position = [], [], [], []
         for s, turns in enumerate(_segments(rng, page)):
             start = len(tokens)
@@ -126,9 +132,9 @@ def draw_batch(rng: random.Random, config: VLMConfig, encoder: Encoder, split: s
                 text = question.text + (pages.SUFFIX if rng.random() < _SUFFIXED else "")
                 prompt = encoder.prompt((NEXT_TURN if turn else FIRST_TURN).format(text))
                 answer = encoder.answer(question.answer) + [EOS]
-                first = len(tokens) + len(prompt) - 1                  # the row that predicts the first character
+                first = len(tokens) + len(prompt) - 1  # the row that predicts the first character
                 patches = [where.locate(*cell)[0] if cell else None for cell in question.cells]
-                if question.kind in pages.TYPES:                       # the last prompt token looks at all of the value
+                if question.kind in pages.TYPES:  # the last prompt token looks at all of the value
                     whole = sorted({p for p in patches if p is not None})
                     pointer += [(b, first, p, len(whole)) for p in whole]
                 else:
@@ -141,6 +147,17 @@ def draw_batch(rng: random.Random, config: VLMConfig, encoder: Encoder, split: s
         rows.append((tokens, targets, segment, position))
     longest = max(len(r[0]) for r in rows)
     tokens, targets, segment, position = (
-        torch.tensor([r[i] + [fill] * (longest - len(r[i])) for r in rows]) for i, fill in enumerate((0, IGNORE, -1, 0)))
-    return Batch(size, torch.stack([page_tiles(page.image, config) for page in sheets]), chars, field, offset,
-                 tokens, targets, segment, position, torch.tensor(pointer).t().contiguous())
+        torch.tensor([r[i] + [fill] * (longest - len(r[i])) for r in rows]) for i, fill in enumerate((0, IGNORE, -1, 0))
+    )
+    return Batch(
+        size,
+        torch.stack([page_tiles(page.image, config) for page in sheets]),
+        chars,
+        field,
+        offset,
+        tokens,
+        targets,
+        segment,
+        position,
+        torch.tensor(pointer).t().contiguous(),
+    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from eval.anls import anls, mean
-from eval.metrics import exact_match
-from eval.pages import LONG_KINDS, LONGEST_ANSWER, SUFFIX, TYPES, heldout_pairs
-from minivlm.generate import Sampling
-from minivlm.vlm import VLM, Request
+from eval.accuracy.anls import anls, mean
+from eval.accuracy.metrics import exact_match
+from eval.demo.pages import LONG_KINDS, LONGEST_ANSWER, SUFFIX, TYPES, heldout_pairs
+from minivlm.generation.generate import Sampling
+from minivlm.generation.vlm import VLM, Request
 
 Scores = dict[str, tuple[int, float, float]]
 
@@ -23,7 +23,7 @@ def evaluate(vlm: VLM, pages: int, seed: int, batch_size: int, wrong: Callable[[
     scores: dict[str, list[tuple[float, float]]] = defaultdict(list)
     pairs = list(heldout_pairs(pages, seed))
     for start in range(0, pages, batch_size):
-        part = pairs[start:start + batch_size]
+        part = pairs[start : start + batch_size]
         requests = [Request(q.text + ("" if q.kind in LONG_KINDS else SUFFIX), [page.image]) for page, q in part]
         answers = vlm.ask_batch(requests, sampling=Sampling(max_new_tokens=LONGEST_ANSWER + 1))
         for (_, question), answer in zip(part, answers):
@@ -33,8 +33,11 @@ def evaluate(vlm: VLM, pages: int, seed: int, batch_size: int, wrong: Callable[[
             if wrong and not score[0]:
                 wrong(f"{question.kind}: {question.text!r}: {answer.text!r}, right is {question.answer!r}")
     order = (*TYPES, *LONG_KINDS, "short", "long", "all")
-    return {kind: (len(scores[kind]), mean(s[0] for s in scores[kind]), mean(s[1] for s in scores[kind]))
-            for kind in order if kind in scores}
+    return {
+        kind: (len(scores[kind]), mean(s[0] for s in scores[kind]), mean(s[1] for s in scores[kind]))
+        for kind in order
+        if kind in scores
+    }
 
 
 def table(scores: Scores) -> str:

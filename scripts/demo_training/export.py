@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from eval import pages
-
-from .model import CONFIG, MEAN, STD
-from .text import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS
+from demo_training.model import CONFIG, MEAN, STD
+from demo_training.text import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS
+from eval.demo import pages
 
 _EXAMPLES = ((224, 224), (192, 224), (224, 192), (112, 224), (80, 224), (224, 112), (160, 112), (224, 224))
 
@@ -25,12 +24,14 @@ def hub_tensors(llava: nn.Module, dtype: torch.dtype = torch.float16) -> dict[st
     """The state dict under the hub's keys (layout "a")."""
     renamed = {}
     for name, tensor in llava.state_dict().items():
-        name = name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
+        name = (
+            name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
+        )
         name = "language_model." + name if name.startswith("lm_head.") else name
         name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
         renamed[name] = tensor.detach().to("cpu", dtype).contiguous()
     size = CONFIG["vision_config"]["hidden_size"]
-    for part, fill in (("weight", torch.ones), ("bias", torch.zeros)):           # in every CLIP file, used by none
+    for part, fill in (("weight", torch.ones), ("bias", torch.zeros)):  # in every CLIP file, used by none
         renamed[f"vision_tower.vision_model.post_layernorm.{part}"] = fill(size, dtype=dtype)
     return renamed
 
@@ -43,21 +44,50 @@ def _configs() -> dict[str, dict]:
         "config.json": CONFIG,
         "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", **special, "image_token": "<image>", "padding_side": "right",
-            "clean_up_tokenization_spaces": False, "model_max_length": CONFIG["text_config"]["max_position_embeddings"],
-            "added_tokens_decoder": {str(i): {
-                "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                "special": True} for i, token in enumerate(SPECIALS)}, **processor},
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special,
+            "image_token": "<image>",
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": CONFIG["text_config"]["max_position_embeddings"],
+            "added_tokens_decoder": {
+                str(i): {
+                    "content": token,
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                }
+                for i, token in enumerate(SPECIALS)
+            },
+            **processor,
+        },
         "special_tokens_map.json": special,
         "preprocessor_config.json": {
-            "image_processor_type": "LlavaNextImageProcessor", "do_convert_rgb": True, "do_resize": True,
-            "size": {"shortest_edge": tile}, "resample": 3, "do_center_crop": True,
-            "crop_size": {"height": tile, "width": tile}, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD), "do_pad": True,
-            "image_grid_pinpoints": CONFIG["image_grid_pinpoints"], **processor},
+            "image_processor_type": "LlavaNextImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": tile},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": tile, "width": tile},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(MEAN),
+            "image_std": list(STD),
+            "do_pad": True,
+            "image_grid_pinpoints": CONFIG["image_grid_pinpoints"],
+            **processor,
+        },
         "processor_config.json": {
-            "image_token": "<image>", "patch_size": CONFIG["vision_config"]["patch_size"],
-            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default", **processor},
+            "image_token": "<image>",
+            "patch_size": CONFIG["vision_config"]["patch_size"],
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+            **processor,
+        },
     }
 
 
@@ -71,8 +101,12 @@ def write_examples(folder: Path, seed: int = 0) -> None:
         page.image.save(folder / f"page_{i}.png")
         asked = [pages.short_question(rng, f) for f in rng.sample(page.fields, 2)]
         asked += filter(None, [pages.long_question(rng, page, rng.choice(pages.LONG_KINDS))])
-        listing.append({"image": f"page_{i}.png", "questions": [
-            {"question": q.text, "answer": q.answer, "kind": q.kind} for q in asked]})
+        listing.append(
+            {
+                "image": f"page_{i}.png",
+                "questions": [{"question": q.text, "answer": q.answer, "kind": q.kind} for q in asked],
+            }
+        )
     (folder / "questions.json").write_text(json.dumps(listing, indent=1) + "\n")
 
 

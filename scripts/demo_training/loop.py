@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from demo_training import optim
+from demo_training.batches import Batch, draw_batch
+from demo_training.model import DemoTrainer
+from demo_training.text import Encoder, build_tokenizer
 from minivlm.errors import UserError
 
-from . import optim
-from .batches import Batch, draw_batch
-from .model import DemoTrainer
-from .text import Encoder, build_tokenizer
-
-WARM_UP, COOL_DOWN = 0.01, 0.35                      # shares of a stage's budget
+WARM_UP, COOL_DOWN = 0.01, 0.35  # shares of a stage's budget
 POINTER_FADES, POINTER_GONE = 0.5, 0.75
 LOG_SECONDS, SAVE_SECONDS = 20, 120
 
@@ -43,7 +42,7 @@ class Run:
     def __init__(self, folder: Path, device: torch.device, seed: int) -> None:
         self.folder, self.device, self.seed = folder, device, seed
         torch.manual_seed(seed)
-        kept = folder / "tokenizer.json"               # a run keeps its ids, whatever becomes of the pages
+        kept = folder / "tokenizer.json"  # a run keeps its ids, whatever becomes of the pages
         self.tokenizer = Tokenizer.from_file(str(kept)) if kept.is_file() else build_tokenizer()
         self.encoder = Encoder(self.tokenizer)
         self.trainer = DemoTrainer().to(device)
@@ -65,8 +64,16 @@ class Run:
         """Write `state.pt`, whole or not at all."""
         self.tokenizer.save(str(self.folder / "tokenizer.json"))
         scratch = self.folder / "state.pt.part"
-        torch.save({"model": self.trainer.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers],
-                    "stage": self.stage, "elapsed": self.elapsed, "steps": self.steps}, scratch)
+        torch.save(
+            {
+                "model": self.trainer.state_dict(),
+                "optimisers": [o.state_dict() for o in self.optimisers],
+                "stage": self.stage,
+                "elapsed": self.elapsed,
+                "steps": self.steps,
+            },
+            scratch,
+        )
         os.replace(scratch, self.folder / "state.pt")
 
     def train(self, stage: int, budget: float, pages: int, rate: float, tower_rate: float) -> None:
@@ -115,8 +122,12 @@ class Run:
             else:
                 losses, seen = self.trainer.answer_losses(batch, self.encoder.prefix)
                 hint = pointer_weight(progress)
-                loss = losses["answer"] + 0.3 * hint * losses["pointer"] + 0.2 * hint * losses["field"] \
+                loss = (
+                    losses["answer"]
+                    + 0.3 * hint * losses["pointer"]
+                    + 0.2 * hint * losses["field"]
                     + 0.2 * losses["read"]
+                )
                 seen = {**seen, **{f"{k}_loss": v for k, v in losses.items()}}
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -132,8 +143,13 @@ class Run:
     def _log(self, progress: float, sums: dict, seconds: float) -> None:
         count = sums.pop("batches")
         pages = sums.pop("pages")
-        row = {"stage": self.stage, "step": self.steps, "progress": round(progress, 4),
-               "pages_per_s": round(pages / seconds, 1), **{k: round(float(v) / (1 if k.startswith("held_") else count), 4) for k, v in sums.items()}}
+        row = {
+            "stage": self.stage,
+            "step": self.steps,
+            "progress": round(progress, 4),
+            "pages_per_s": round(pages / seconds, 1),
+            **{k: round(float(v) / (1 if k.startswith("held_") else count), 4) for k, v in sums.items()},
+        }
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minivlm import anyres
-from minivlm.config import VLMConfig
-from minivlm.llama import rope_table, rotate
-from minivlm.llava import Llava
-
-from .batches import CHARS, FIELDS, IGNORE, OFFSETS, Batch
-from .text import BOS, EOS, IMAGE, PAD, VOCAB_SIZE
+from demo_training.batches import CHARS, FIELDS, IGNORE, OFFSETS, Batch
+from demo_training.text import BOS, EOS, IMAGE, PAD, VOCAB_SIZE
+from minivlm.model import anyres
+from minivlm.model.config import VLMConfig
+from minivlm.model.llama import rope_table, rotate
+from minivlm.model.llava import Llava
 
 LAYERS, FIELD_LAYER, POINTER_LAYER, POINTER_HEAD = 6, 2, 3, 0
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -35,15 +34,37 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
     "text_config": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB_SIZE, "hidden_size": 192,
-        "intermediate_size": 512, "num_hidden_layers": LAYERS, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "head_dim": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": BOS, "eos_token_id": EOS,
-        "pad_token_id": PAD, "torch_dtype": "float16"},
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "torch_dtype": "float16",
+    },
     "vision_config": {
-        "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "image_size": 112, "patch_size": 16, "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5, "projection_dim": 128},
+        "model_type": "clip_vision_model",
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 112,
+        "patch_size": 16,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 128,
+    },
 }
 
 
@@ -55,8 +76,8 @@ class _PackedAttention:
         ids = batch.segment
         length = ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        block = (ids[:, :, None] == ids[:, None, :]) & causal                    # [B, T, T]
-        self.mask = torch.cat((block.new_ones(len(ids), length, shared), block), -1)[:, None]   # [B, 1, T, shared + T]
+        block = (ids[:, :, None] == ids[:, None, :]) & causal  # [B, T, T]
+        self.mask = torch.cat((block.new_ones(len(ids), length, shared), block), -1)[:, None]  # [B, 1, T, shared + T]
         self.pointer_loss = torch.zeros((), device=ids.device)
         self.image_mass = torch.zeros((), device=ids.device)
 
@@ -65,16 +86,16 @@ class _PackedAttention:
             self._point(q, k)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        text = q.shape[2] - self.mask.shape[2]                                   # 0 where only text rows are asked
+        text = q.shape[2] - self.mask.shape[2]  # 0 where only text rows are asked
         out = [F.scaled_dot_product_attention(q[:, :, text:], k, v, self.mask)]
         if text:
-            shared = [x[:, :, :self.shared] for x in (q, k, v)]
+            shared = [x[:, :, : self.shared] for x in (q, k, v)]
             out.insert(0, F.scaled_dot_product_attention(*shared, is_causal=True))
         return torch.cat(out, 2)
 
     def _point(self, q: Tensor, k: Tensor) -> None:
         head = POINTER_HEAD * k.shape[1] // q.shape[1]
-        rows = q[:, POINTER_HEAD, self.shared:].float()                          # [B, T, D]
+        rows = q[:, POINTER_HEAD, self.shared :].float()  # [B, T, D]
         scores = rows @ k[:, head].float().transpose(1, 2) * q.shape[-1] ** -0.5
         logp = scores.masked_fill(~self.mask[:, 0], -torch.inf).log_softmax(-1)
         b, t, n, size = self.pointer
@@ -135,11 +156,11 @@ class DemoTrainer(nn.Module):
         side = self.config.vision.grid
         rows, cols = anyres.tile_grid(batch.size, self.config)
         top, bottom, left, right = anyres.unpadded_box(batch.size, (rows * side, cols * side))
-        return batch.chars[:, side * side:].unflatten(1, (bottom - top, right - left + 1))[:, :, :-1]
+        return batch.chars[:, side * side :].unflatten(1, (bottom - top, right - left + 1))[:, :, :-1]
 
     def _read(self, features: Tensor, chars: Tensor) -> tuple[Tensor, float]:
         logits = self.reader(features).unflatten(-1, (2, CHARS))
-        inked = (chars > 0) | (torch.rand_like(chars, dtype=torch.float32) < 0.1)   # few of the many blanks
+        inked = (chars > 0) | (torch.rand_like(chars, dtype=torch.float32) < 0.1)  # few of the many blanks
         loss = F.cross_entropy(logits[inked].float(), chars[inked])
         patches = (chars > 0).any(-1)
         right = (logits.argmax(-1) == chars).all(-1)[patches].float().mean()
@@ -151,7 +172,7 @@ class DemoTrainer(nn.Module):
         tiles = self.normalise(batch.tiles)
         features = model.vision_tower(tiles.flatten(0, 1))[:, 1:]
         projected = model.multi_modal_projector(features).unflatten(0, tiles.shape[:2])
-        image = self._packed(projected, batch.size)                              # [B, N, C]
+        image = self._packed(projected, batch.size)  # [B, N, C]
         embed = model.language_model.embed_tokens
         start = embed(torch.tensor(prefix, device=image.device)).expand(count, -1, -1)
         hidden = torch.cat((start.to(image.dtype), image, embed(batch.tokens).to(image.dtype)), 1)
@@ -165,9 +186,10 @@ class DemoTrainer(nn.Module):
         for i, layer in enumerate(decoder.layers[:-1]):
             hidden = layer(hidden, rope, attention)
             if i + 1 == FIELD_LAYER:
-                guess = self.whereabouts(hidden[:, len(prefix):shared])
-                losses["field"] = F.cross_entropy(guess[..., :FIELDS].flatten(0, 1).float(), batch.field.flatten()) \
-                    + F.cross_entropy(guess[..., FIELDS:].flatten(0, 1).float(), batch.offset.flatten())
+                guess = self.whereabouts(hidden[:, len(prefix) : shared])
+                losses["field"] = F.cross_entropy(
+                    guess[..., :FIELDS].flatten(0, 1).float(), batch.field.flatten()
+                ) + F.cross_entropy(guess[..., FIELDS:].flatten(0, 1).float(), batch.offset.flatten())
         hidden = self._text_rows(decoder.layers[-1], hidden, rope, attention)
         rows = batch.targets != IGNORE
         logits = model.lm_head(decoder.norm(hidden[rows])).float()
@@ -184,11 +206,16 @@ class DemoTrainer(nn.Module):
         errors = torch.zeros(count, int(turn.max()) + 1, device=image.device).scatter_add_(1, turn, wrong)
         length = torch.zeros_like(errors).scatter_add_(1, turn, rows.float())
         exact = (errors == 0).float()
-        return losses, {"read": right, "short": exact[(length > 0) & (length <= 40)].mean(),
-                        "long": exact[length > 40].sum() / (length > 40).sum().clamp(min=1)}
+        return losses, {
+            "read": right,
+            "short": exact[(length > 0) & (length <= 40)].mean(),
+            "long": exact[length > 40].sum() / (length > 40).sum().clamp(min=1),
+        }
 
     @staticmethod
-    def _text_rows(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], attention: _PackedAttention) -> Tensor:
+    def _text_rows(
+        layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], attention: _PackedAttention
+    ) -> Tensor:
         """The last layer, computed for the text rows only: nothing reads its image rows."""
         a, length = layer.self_attn, attention.mask.shape[2]
         x = layer.input_layernorm(hidden)

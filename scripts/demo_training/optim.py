@@ -55,4 +55,7 @@ def build(model: nn.Module) -> list[torch.optim.Optimizer]:
     for name, p in model.named_parameters():
         groups[p.ndim == 2 and ".layers." in name, "vision_tower" in name].append(p)
     sets = [[dict(params=groups[muon, tower], tower=tower) for tower in (True, False)] for muon in (True, False)]
-    return [Muon(sets[0], lr=1e-3), torch.optim.AdamW(sets[1], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    return [
+        Muon(sets[0], lr=1e-3),
+        torch.optim.AdamW(sets[1], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]

@@ -10,11 +10,11 @@ import random
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from eval import pages
+from eval.demo import pages
 
 PAD, BOS, EOS, IMAGE = range(4)
 SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
-VOCAB_SIZE = 512                                     # 4 + 256 bytes + merges, filled up to a multiple of 64
+VOCAB_SIZE = 512  # 4 + 256 bytes + merges, filled up to a multiple of 64
 
 CHAT_TEMPLATE = """\
 {% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}{% else %}\
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = """\
 {{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
-PREFIX = "USER: "                                    # before the image
+PREFIX = "USER: "  # before the image
 FIRST_TURN, NEXT_TURN = "\n{} ASSISTANT:", "USER: {} ASSISTANT:"
 
 
@@ -42,9 +42,15 @@ def build_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIALS), show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=list(SPECIALS),
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return tokenizer
 

@@ -1,0 +1,1 @@
+"""The pages of the bundled demo checkpoint, drawn by code."""

@@ -1,0 +1,1 @@
+"""What measures speed: shapes with random weights, contenders that take turns, reports."""

@@ -1,0 +1,113 @@
+"""What all command lines share: flags in both spellings, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minivlm.cache.settings import CacheSettings, spellings
+from minivlm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are `UserError`s, and whose flags must be written out."""
+
+    def __init__(self, description: str, prog: str | None = None) -> None:
+        super().__init__(
+            prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def flag(self, name: str, **options) -> None:
+        """Add `--like_this` and `--like-this`."""
+        self.add_argument(*spellings(name), **{"dest": name, **options})
+
+    def model_flags(self) -> None:
+        """The flags of every script that loads a model."""
+        self.flag("model", metavar="DIR|HUB_ID", help="a checkpoint (the bundled demo checkpoint)")
+        self.flag("device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto: CUDA where there is one)")
+        self.flag(
+            "dtype",
+            default="auto",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            help="(auto: the checkpoint's on CUDA, float32 on the CPU)",
+        )
+        self.flag("seed", type=int, default=0, help="of all that is random (0)")
+
+
+def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
+    """Run a script's `main`; a user's mistake becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        complain(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader has gone: nothing to say, also not at exit
+        sys.exit(1)
+
+
+def complain(error: UserError) -> None:
+    """Tell a user's mistake in one line on stderr."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """Tell in one line on stderr what is no mistake, but may not be expected."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def note_settings(settings: CacheSettings, args: argparse.Namespace, images: bool = True) -> None:
+    """Tell what a user who chose a policy may not expect of it, on a prompt with or without `images`."""
+    if any(name == "policy" or name.startswith("cache.") for name in vars(args)):
+        for line in settings.notes(images):
+            note(line)
+
+
+def expect_writable(path: Path) -> None:
+    """Raise `UserError` where `write_whole` will not be able to make `path`; to be asked before long work."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder (expected the name of a file to write)")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent} to write it into")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (no permission for {path.parent})")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then put it in its place: whole, or not at all.
+
+    Raises `UserError` where the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        os.chmod(name, 0o666 & ~_umask())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        write(Path(name))
+        os.replace(name, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's mask, which mkstemp's private files do not follow."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""The KV policies, one file each."""

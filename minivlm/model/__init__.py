@@ -1,0 +1,1 @@
+"""The network: configuration, LLaMA decoder, CLIP vision tower, LLaVA's projector and image packing."""

@@ -1,0 +1,333 @@
+"""Data sets and tasks: the official JSON layout, the hub's parquet files, prompts, and everything that can be wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from test_hub import Handler, Hub
+
+from eval.accuracy.data import OtherSplit, Sample, read_json, read_parquet
+from eval.accuracy.tasks import TASKS, open_tasks
+from eval_helpers import truth, write_docvqa
+from minivlm.errors import UserError
+from paths import ROOT
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_json_layout(tmp_path):
+    dataset = read_json(write_docvqa(tmp_path, 3), "validation")
+    assert dataset.samples[2] == Sample(2, 102, "What is 2?", (truth(2), "never"), ("kind0",))
+    assert [dataset.image(i).size for i in range(3)] == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_json_with_question_types_is_preferred_and_images_are_found_beside_it(tmp_path):
+    write_docvqa(tmp_path, 3)
+    (tmp_path / "val_v1.0.json").rename(tmp_path / "val_v1.0_withQT.json")
+    write_docvqa(tmp_path, 2)
+    change(tmp_path / "val_v1.0_withQT.json", lambda content: content["data"][0].update(image="page_0.png"))
+    dataset = TASKS["docvqa_val"].open(str(tmp_path), 0, None)
+    assert len(dataset.samples) == 3 and dataset.image(0).size == (1, 1)
+    assert len(TASKS["docvqa_val"].open(str(tmp_path / "val_v1.0.json"), 0, None).samples) == 2
+
+
+def test_infographics_names(tmp_path):
+    path = write_docvqa(tmp_path, 1).rename(tmp_path / "infographicsVQA_val_v1.0_withQT.json")
+
+    def rename(content):
+        content["data"][0]["image_local_name"] = content["data"][0].pop("image")
+        content["data"][0]["answer_type"] = ["single span"]
+        del content["data"][0]["question_types"]
+
+    change(path, rename)
+    dataset = TASKS["infovqa_val"].open(str(tmp_path), 0, None)
+    assert dataset.samples[0].types == ("single span",) and dataset.image(0).size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not valid JSON"),
+        ("[1]", 'no "data" list (expected the official DocVQA layout)'),
+        ('{"data": {}}', 'no "data" list'),
+        ('{"data": []}', "data[] is empty"),
+        ('{"data": [{"questionId": 1}]}', 'data[0] has no "question"'),
+        ('{"data": [7]}', 'data[0] has no "question"'),
+        ('{"data": [{"questionId": 1, "question": "a"}, {"question": "b"}]}', 'data[1] has no "questionId"'),
+        (
+            '{"data": [{"questionId": 1, "question": "a"}, {"questionId": "1", "question": "b"}]}',
+            "data[1] repeats questionId 1 of [0]",
+        ),
+        (
+            '{"data": [{"questionId": 1, "question": "a", "data_split": "train"}]}',
+            "data[0] belongs to split 'train' (expected 'val')",
+        ),
+        ('{"dataset_split": "test", "data": []}', "holds split 'test' (expected 'val')"),
+    ],
+)
+def test_bad_json_is_one_line(tmp_path, text, message):
+    path = tmp_path / "val_v1.0.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        open_tasks("docvqa_val", str(tmp_path))
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(
+        OtherSplit, match=r"no validation data for task docvqa_val \(expected val_v\*_withQT.json or val_v"
+    ):
+        open_tasks("docvqa", str(tmp_path))
+    dataset = read_json(write_docvqa(tmp_path, 2), "validation")
+    (tmp_path / "documents" / "page_1.png").unlink()
+    with pytest.raises(UserError, match="documents/page_1.png: no such file"):
+        dataset.image(1)
+    change(tmp_path / "val_v1.0.json", lambda content: content["data"][0].pop("image"))
+    with pytest.raises(UserError, match=r'data\[0\] has no "image"'):
+        read_json(tmp_path / "val_v1.0.json", "validation").image(0)
+
+
+def test_limits(tmp_path):
+    path = write_docvqa(tmp_path, 7)
+    dataset = read_json(path, "validation")
+    assert [len(dataset.take(limit).samples) for limit in (None, 1, 3.0, 100, 0.5, 0.01)] == [7, 1, 3, 7, 4, 1]
+    assert dataset.identity() == dataset.take(7).identity() != dataset.take(6).identity()
+    change(path, lambda content: content["data"][0].update(answers=["other"]))
+    assert dataset.identity() != read_json(path, "validation").identity()
+
+
+def test_prompts_and_scores_of_the_tasks():
+    sample = Sample(0, 1, "what Brand is THIS?", ("Coca Cola",) * 10)
+    short = "\nAnswer the question using a single word or phrase."
+    assert TASKS["docvqa_val"].prompt(sample) == TASKS["infovqa_val"].prompt(sample) == "what Brand is THIS?" + short
+    assert TASKS["textvqa_val"].prompt(sample) == "What brand is this?" + short
+    assert TASKS["ocrbench"].prompt(sample) == "what Brand is THIS?"
+    assert {name: task.max_new_tokens for name, task in TASKS.items()} == {
+        "docvqa_val": 32,
+        "docvqa_test": 32,
+        "infovqa_val": 32,
+        "textvqa_val": 32,
+        "ocrbench": 128,
+        "demo": 151,
+    }
+    assert TASKS["textvqa_val"].scores("the coca-cola", sample) == {
+        "exact_match": 0.0,
+        "anls": pytest.approx(8 / 13),
+        "vqa_accuracy": 1.0,
+    }
+    assert TASKS["ocrbench"].scores("It is Coca Cola.", sample)["ocrbench_accuracy"] == 1.0
+    formula = Sample(0, 1, "", ("x^{2}",), source="HME100k")
+    assert TASKS["ocrbench"].scores("x ^ { 2 }", formula)["ocrbench_accuracy"] == 1.0
+    assert all(task.metric in task.scores("a", sample) for task in TASKS.values())
+
+
+def test_demo_pages(tmp_path):
+    task = TASKS["demo"]
+    dataset = task.open(None, 3, 30)
+    assert len(dataset.samples) == 30 and dataset.samples == task.open(None, 3, 0.06).samples
+    assert dataset.identity() != task.open(None, 4, 30).identity()
+    assert dataset.image(0).mode == "RGB"
+    for sample in dataset.samples:
+        assert task.prompt(sample).endswith("single word or phrase.") == (sample.types[1] == "short")
+    subprocess.run(
+        [sys.executable, "-m", "eval.demo.pages", "--out", str(tmp_path), "--pages", "30", "--seed", "3"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    written = task.open(str(tmp_path), 0, None)
+    assert [(s.question, s.answers) for s in written.samples] == [(s.question, s.answers) for s in dataset.samples]
+    assert [task.prompt(s) for s in written.samples] == [task.prompt(s) for s in dataset.samples]
+    assert all(written.image(i).tobytes() == dataset.image(i).tobytes() for i in range(30))
+
+
+def write_parquet(path, folder, records, columns=(), **options):
+    """The hub's columns, images as {bytes, path}."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = []
+    for record in records:
+        row = {
+            **record,
+            "questionId": str(record["questionId"]),
+            "data_split": "val",
+            "image": {"bytes": (folder / record["image"]).read_bytes(), "path": None},
+        }
+        rows.append({name: value for name, value in row.items() if not columns or name in columns})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """The same ten questions as JSON and as two parquet shards of small row groups."""
+    records = json.loads(write_docvqa(tmp_path / "json", 10).read_text())["data"]
+    for shard, part in enumerate((records[:7], records[7:])):
+        write_parquet(
+            tmp_path / "hub" / "DocVQA" / f"validation-0000{shard}-of-00002.parquet",
+            tmp_path / "json",
+            part,
+            row_group_size=3,
+        )
+    return tmp_path
+
+
+def test_parquet_equals_json(both):
+    for folder in ("hub", "hub/DocVQA"):
+        parquet, plain = (TASKS["docvqa_val"].open(str(both / name), 0, None) for name in (folder, "json"))
+        assert parquet.samples == plain.samples and parquet.identity() == plain.identity()
+        for index in (0, 9, 4, 3, 6, 7):
+            assert parquet.image(index).tobytes() == plain.image(index).tobytes()
+    assert len(TASKS["docvqa_val"].open(str(both / "hub"), 0, 4).samples) == 4
+
+
+def test_parquet_holds_one_row_group(both, monkeypatch):
+    import pyarrow.parquet as pq
+
+    reads, real = [], pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda table, group, columns: reads.append((group, "image" in columns)) or real(table, group, columns),
+    )
+    dataset = TASKS["docvqa_val"].open(str(both / "hub"), 0, None)
+    assert reads == [(0, False), (1, False), (2, False), (0, False)]
+    reads.clear()
+    assert [dataset.image(i).width for i in range(10)] == list(range(1, 11))
+    assert reads == [(0, True), (1, True), (2, True), (0, True)]
+
+
+def test_bad_parquet(both, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = both / "bad" / "validation-0.parquet"
+    file.parent.mkdir()
+    file.write_bytes(b"PAR1 but no more")
+    with pytest.raises(UserError, match="validation-0.parquet: not a readable parquet file"):
+        TASKS["docvqa_val"].open(str(file.parent), 0, None)
+    pq.write_table(pa.table({"questionId": ["1"], "question": ["a"]}), file)
+    with pytest.raises(UserError, match="no column 'image'"):
+        TASKS["docvqa_val"].open(str(file.parent), 0, None)
+    pq.write_table(
+        pa.table(
+            {
+                "questionId": ["1", "2"],
+                "question": ["a", "b"],
+                "image": [{"bytes": b"no image", "path": None}, {"bytes": None, "path": "x"}],
+            }
+        ),
+        file,
+    )
+    dataset = TASKS["docvqa_val"].open(str(file.parent), 0, None)
+    for index in (0, 1):
+        with pytest.raises(UserError, match=f"validation-0.parquet: row {index} of row group 0: "):
+            dataset.image(index)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"reading parquet needs pyarrow \(pip install 'minivlm\[parquet\]'\)"):
+        read_parquet([file], "validation")
+
+
+def test_columns_of_the_other_data_sets(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_docvqa(tmp_path, 1)
+    picture = {"bytes": (tmp_path / "documents" / "page_0.png").read_bytes(), "path": None}
+    (tmp_path / "data").mkdir()
+    pq.write_table(
+        pa.Table.from_pylist(
+            [{"question_id": 34602, "question": "what?", "answers": ["a"] * 10, "image": picture, "set_name": "val"}]
+        ),
+        tmp_path / "data" / "validation-0.parquet",
+    )
+    pq.write_table(
+        pa.Table.from_pylist(
+            [
+                {
+                    "dataset": "HME100k",
+                    "question": "what?",
+                    "question_type": "Handwritten",
+                    "answer": ["a"],
+                    "image": picture,
+                }
+            ]
+            * 2
+        ),
+        tmp_path / "data" / "test-0.parquet",
+    )
+    text, ocr = (TASKS[name].open(str(tmp_path), 0, None) for name in ("textvqa_val", "ocrbench"))
+    assert text.samples == (Sample(0, 34602, "what?", ("a",) * 10),)
+    assert ocr.samples[1] == Sample(1, 1, "what?", ("a",), ("Handwritten",), "HME100k")
+    assert ocr.image(1).size == (1, 1)
+
+
+class DataHandler(Handler):
+    """The hub's paths for data sets are those for models with another prefix."""
+
+    def do_GET(self):
+        self.path = self.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")
+        super().do_GET()
+
+    do_HEAD = do_GET
+
+
+CLIENT = """
+import sys
+from eval.accuracy.tasks import open_tasks
+from minivlm.errors import UserError
+for name in sys.argv[1:]:
+    try:
+        (task, dataset), = open_tasks("docvqa_val", name)[0]
+        print(len(dataset.samples), dataset.image(9).width)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_hub_data_are_fetched_once(both):
+    (both / "hub" / "DocVQA" / "test-00000-of-00001.parquet").write_text("another split")
+    (both / "repositories" / "me").mkdir(parents=True)
+    (both / "hub").rename(both / "repositories" / "me" / "DocVQA")
+    hub = Hub(both / "repositories", {})
+    hub.RequestHandlerClass = DataHandler
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_HOME": str(both / "home"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")]),
+    }
+
+    def ask(*names):
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT, *names], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    first, again, nothing = ask("me/DocVQA", "me/DocVQA", "me/Nothing")
+    assert first == again == "10 10"
+    assert sorted(hub.fetched) == [f"me/DocVQA/validation-0000{i}-of-00002.parquet" for i in range(2)]
+    assert nothing.startswith("me/Nothing: no such folder, and the hub's data set could not be had (")
+    hub.shutdown()
+    hub.server_close()
+    cached, other = ask("me/DocVQA", "me/Other")  # the server is gone, the cache is not
+    assert cached == "10 10"
+    assert other.startswith("me/Other: no such folder, and the hub's data set could not be had (")
+
+
+def test_exif_turns_images_alike_in_both_layouts(tmp_path):
+    path = write_docvqa(tmp_path, 1)
+    image = Image.new("RGB", (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "documents" / "page_0.png", exif=exif)
+    write_parquet(tmp_path / "validation-0.parquet", tmp_path, json.loads(path.read_text())["data"])
+    assert read_json(path, "validation").image(0).size == (2, 4)
+    assert read_parquet([tmp_path / "validation-0.parquet"], "validation").image(0).size == (2, 4)
