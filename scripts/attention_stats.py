@@ -18,8 +18,9 @@ from tqdm import tqdm
 import weights
 from eval.accuracy.tasks.demo import DEMO
 from eval.attention_stats import draw, statistics, watch
-from minivlm.app.cli import Parser, run, write_whole
+from minivlm.app.cli import Parser, run
 from minivlm.errors import UserError
+from minivlm.files import write_whole
 from minivlm.inputs.images import load_image
 
 

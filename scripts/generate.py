@@ -12,12 +12,13 @@ from pathlib import Path
 
 import weights
 from minivlm.app.chat import converse, show
-from minivlm.app.cli import Parser, expect_writable, note_settings, run, write_whole
+from minivlm.app.cli import Parser, note_settings, run
 from minivlm.app.overlay import draw
 from minivlm.cache import settings as cache
 from minivlm.cache.recorder import Recorder
 from minivlm.cache.settings import parse_bool
 from minivlm.errors import UserError
+from minivlm.files import expect_writable, write_whole
 from minivlm.generation.generate import Sampling
 from minivlm.inputs.images import load_image
 

@@ -19,6 +19,7 @@ from eval.accuracy.compare import Finished, differences, in_words
 from eval.accuracy.results import write_json
 from eval.accuracy.sweep import BUDGETS, describe, draw, grid, run_cells
 from minivlm.app import cli
+from minivlm.files import write_whole
 
 POLICIES = ("full", "avl", "h2o", "fastv", "streaming", "random")
 KINDS = ("short", "long")
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     pictures = {name: draw(sections[name], args.docs / f"{name}.png") for name in ("policies", "windows")}
     write_json(args.docs / "results.json", sections)
     text = page(sections, pictures, args.output_path)
-    cli.write_whole(args.docs / "results.md", lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    write_whole(args.docs / "results.md", lambda scratch: scratch.write_text(text, encoding="utf-8"))
     print(args.docs / "results.md")
 
 

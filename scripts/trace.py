@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights
-from minivlm.app.cli import Parser, expect_writable, note_settings, run, write_whole
+from minivlm.app.cli import Parser, note_settings, run
 from minivlm.app.trace import expand, trace
 from minivlm.cache import settings as cache
 from minivlm.errors import UserError
+from minivlm.files import expect_writable, write_whole
 from minivlm.generation.vlm import VLM
 from minivlm.inputs.images import load_image
 

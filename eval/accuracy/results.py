@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.accuracy.anls import mean
-from minivlm.app.cli import write_whole
 from minivlm.errors import UserError
+from minivlm.files import write_whole
 
 _BLOCKS, _BLOCK = 64, 1 << 16  # of every weights file, so many evenly spaced blocks of so many bytes are hashed
 

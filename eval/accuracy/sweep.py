@@ -20,9 +20,10 @@ from eval.accuracy.processes import Processes
 from eval.accuracy.results import write_json
 from eval.accuracy.runner import NothingAnswered, evaluate
 from eval.accuracy.tasks import TASKS
-from minivlm.app.cli import Parser, note, write_whole
+from minivlm.app.cli import Parser, note
 from minivlm.cache import settings as cache
 from minivlm.errors import UserError
+from minivlm.files import write_whole
 
 BUDGETS = (0.75, 0.5, 0.25, 0.1, 0.05)
 

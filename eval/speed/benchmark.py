@@ -24,10 +24,11 @@ from eval.accuracy.results import write_json
 from eval.speed.report import draw, table
 from eval.speed.shapes import SHAPES, Prompts, make_model, synthetic_prompts
 from eval.speed.timing import Contender, Ours, PeakMemory, bandwidth, batch_that_fits, decoder_bytes, take_turns
-from minivlm.app.cli import Parser, expect_writable, note
+from minivlm.app.cli import Parser, note
 from minivlm.cache import settings as cache
 from minivlm.cache.settings import CacheSettings, parse_bool
 from minivlm.errors import UserError
+from minivlm.files import expect_writable
 from minivlm.generation.compile import compiled_blocks, missing_compiler
 from minivlm.model.llava import Llava
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from minivlm.app.cli import note, write_whole
+from minivlm.app.cli import note
+from minivlm.files import write_whole
 
 COLUMNS = (
     ("prefill ms", lambda row: f"{row['prefill_ms']:.0f} ({row['prefill_speedup']:.2f} x)"),

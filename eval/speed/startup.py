@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from eval.accuracy.results import write_json  # noqa: E402
 from eval.speed.benchmark import machine  # noqa: E402
-from minivlm.app.cli import Parser, expect_writable, run  # noqa: E402
+from minivlm.app.cli import Parser, run  # noqa: E402
+from minivlm.files import expect_writable  # noqa: E402
 
 PAGE = ROOT / "weights" / "demo" / "pages" / "page_5.png"
 PROCESSES = {

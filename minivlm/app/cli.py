@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from minivlm.cache.settings import CacheSettings, spellings
 from minivlm.errors import UserError
@@ -73,41 +71,3 @@ def note_settings(settings: CacheSettings, args: argparse.Namespace, images: boo
     if any(name == "policy" or name.startswith("cache.") for name in vars(args)):
         for line in settings.notes(images):
             note(line)
-
-
-def expect_writable(path: Path) -> None:
-    """Raise `UserError` where `write_whole` will not be able to make `path`; to be asked before long work."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder (expected the name of a file to write)")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent} to write it into")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written (no permission for {path.parent})")
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place: whole, or not at all.
-
-    Raises `UserError` where the folder cannot be written.
-    """
-    path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        os.chmod(name, 0o666 & ~_umask())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's mask, which mkstemp's private files do not follow."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

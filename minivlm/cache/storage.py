@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minivlm.app.cli import write_whole
 from minivlm.cache.buffers import Layer, Row
 from minivlm.errors import UserError
+from minivlm.files import write_whole
 
 if TYPE_CHECKING:
     from minivlm.cache.kv_cache import KVCache
