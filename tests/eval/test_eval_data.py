@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from PIL import Image
-from test_hub import Handler, Hub
 
 from eval.accuracy.data import OtherSplit, Sample, read_json, read_parquet
 from eval.accuracy.tasks import TASKS, open_tasks
 from eval_helpers import truth, write_docvqa
+from hub_helpers import Handler, Hub
 from minivlm.errors import UserError
 from paths import ROOT
 
@@ -293,8 +293,7 @@ def test_hub_data_are_fetched_once(both):
     (both / "hub" / "DocVQA" / "test-00000-of-00001.parquet").write_text("another split")
     (both / "repositories" / "me").mkdir(parents=True)
     (both / "hub").rename(both / "repositories" / "me" / "DocVQA")
-    hub = Hub(both / "repositories", {})
-    hub.RequestHandlerClass = DataHandler
+    hub = Hub(both / "repositories", {}, DataHandler)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {
         "HF_HOME": str(both / "home"),

@@ -6,20 +6,16 @@ processes of their own: one with the server up, one offline, one with the server
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import tiny
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from hub_helpers import COMMIT, Hub
 from paths import ROOT
 
 # Loads each repository named on the command line and prints {name: outcome} as JSON.
@@ -36,71 +32,6 @@ for name in sys.argv[1:]:
         outcomes[name] = str(error)
 print(json.dumps(outcomes))
 """
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories are folders below `root`; `faults` maps a repository, or a file in one, to a response."""
-
-    daemon_threads = True
-
-    def __init__(self, root: Path, faults: dict[str, tuple]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.faults, self.fetched = root, faults, []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0].strip("/")
-        parts = path.split("/")
-        if parts[:2] == ["api", "models"]:
-            repo, rest = "/".join(parts[2:4]), parts[4:]
-        else:
-            repo, rest = "/".join(parts[:2]), parts[2:]
-        if repo in self.server.faults:
-            return self.answer(*self.server.faults[repo])
-        folder = self.server.root / repo
-        if not folder.is_dir():
-            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        if rest[:1] == ["revision"]:
-            siblings = [{"rfilename": p.relative_to(folder).as_posix()} for p in files]
-            return self.answer(200, body=json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
-        if rest[:1] == ["tree"]:
-            tree = [
-                {"type": "file", "path": p.relative_to(folder).as_posix(), "size": p.stat().st_size, "oid": etag(p)}
-                for p in files
-            ]
-            return self.answer(200, body=json.dumps(tree).encode())
-        assert rest[:2] == ["resolve", COMMIT], path
-        file = folder / "/".join(rest[2:])
-        if not file.is_file():
-            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        body = file.read_bytes()
-        if self.command == "GET":
-            self.server.fetched.append(f"{repo}/{file.name}")
-            body = body[: self.server.faults.get(f"{repo}/{file.name}", (len(body),))[0]]
-        self.answer(200, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag(file)}"'}, body)
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Keep the test output clean."""
-
-
-def etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 def client(home: Path, endpoint: str, *repos: str, offline: bool = False) -> dict[str, object]:
