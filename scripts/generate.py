@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import weights
+from minivlm.app import policy_flags
 from minivlm.app.chat import converse, show
 from minivlm.app.cli import Parser, note_settings, run
 from minivlm.app.overlay import draw
-from minivlm.cache import settings as cache
 from minivlm.cache.recorder import Recorder
-from minivlm.cache.settings import parse_bool
 from minivlm.errors import UserError
 from minivlm.files import expect_writable, write_whole
 from minivlm.generation.generate import Sampling
@@ -25,7 +24,7 @@ from minivlm.inputs.images import load_image
 
 def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
-    settings = cache.from_args(args, args.seed)
+    settings = policy_flags.from_args(args, args.seed)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     images = [load_image(path) for path in args.image]
     vlm = weights.load(
@@ -75,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.flag("prompt", metavar="TEXT", help="the question; <image> in it says where an image stands")
     parser.flag(
         "chat",
-        type=parse_bool,
+        type=policy_flags.parse_bool,
         nargs="?",
         const=True,
         default=False,
@@ -93,7 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.flag(
         "compile",
-        type=parse_bool,
+        type=policy_flags.parse_bool,
         nargs="?",
         const=True,
         default=False,
@@ -103,7 +102,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.flag("no_compile", dest="compile", action="store_false", help="run eagerly (the default)")
     parser.flag(
         "pad_to_square",
-        type=parse_bool,
+        type=policy_flags.parse_bool,
         nargs="?",
         const=True,
         metavar="BOOL",
@@ -111,7 +110,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.flag(
         "stats",
-        type=parse_bool,
+        type=policy_flags.parse_bool,
         nargs="?",
         const=True,
         default=False,
@@ -123,7 +122,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "overlay_layer", type=int, metavar="L", help="the layer drawn beside the mean over layers (the middle one)"
     )
     parser.flag("overlay_step", type=int, metavar="N", help="the step whose core is drawn, 0 is the prefill (the last)")
-    cache.add_arguments(parser)
+    policy_flags.add_arguments(parser)
     args = parser.parse_args(arguments)
     if args.prompt is None and not args.chat:
         raise UserError("expected --prompt TEXT, or --chat")

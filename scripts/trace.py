@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights
+from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note_settings, run
 from minivlm.app.trace import expand, trace
-from minivlm.cache import settings as cache
 from minivlm.errors import UserError
 from minivlm.files import expect_writable, write_whole
 from minivlm.generation.vlm import VLM
@@ -23,7 +23,7 @@ from minivlm.inputs.images import load_image
 
 def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
-    settings = cache.from_args(args, args.seed)
+    settings = policy_flags.from_args(args, args.seed)
     images = [load_image(path) for path in args.image]
     given = read_inputs(args.inputs) if args.inputs else None
     forced = read_tokens(args.teacher_forcing) if args.teacher_forcing else None
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "teacher_forcing", type=Path, metavar="TRACE.safetensors", help="feed its `tokens` instead of the model's own"
     )
     parser.flag("out", type=Path, required=True, metavar="OUT.safetensors", help="written whole or not at all")
-    cache.add_arguments(parser)
+    policy_flags.add_arguments(parser)
     args = parser.parse_args(arguments)
     if (args.inputs is None) == (args.prompt is None) or (args.inputs and args.image):
         raise UserError("expected either --inputs, or --prompt with --image")

@@ -21,7 +21,7 @@ import weights
 from demo_training.evaluate import evaluate, table
 from demo_training.export import export
 from demo_training.loop import Run
-from minivlm.cache.settings import spellings
+from minivlm.app.policy_flags import spellings
 from minivlm.errors import UserError
 
 

@@ -19,16 +19,16 @@ from eval.accuracy.report import summary
 from eval.accuracy.results import fingerprint
 from eval.accuracy.runner import Run, evaluate
 from eval.accuracy.tasks import GROUPS, TASKS, open_tasks
+from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note
-from minivlm.cache import settings as cache
-from minivlm.cache.settings import CacheSettings, parse_bool
+from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.generation.vlm import VLM
 from weights.build import read_config
 
 _ADAPTERS = ("llava", "llava_hf")  # lmms-eval's names of model classes: the checkpoint is in --model_args
 _MODEL_ARGS = ("pretrained", "device", "dtype", "batch_size")
-_SWITCH = dict(type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL")
+_SWITCH = dict(type=policy_flags.parse_bool, nargs="?", const=True, default=False, metavar="BOOL")
 _WITHOUT_MEANING = ("num_fewshot", "verbosity", "timezone", "wandb_args")
 
 
@@ -55,7 +55,7 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("predict_only", **_SWITCH, help="do not score")
     for name in _WITHOUT_MEANING:
         parser.flag(name, help=argparse.SUPPRESS)
-    cache.add_arguments(parser)
+    policy_flags.add_arguments(parser)
 
 
 def parse(arguments: Sequence[str], parser: Parser) -> argparse.Namespace:
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str], parser: Parser) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> Run:
     """The run that the flags ask for: settings checked, checkpoint found, data opened; nothing loaded yet."""
-    settings = cache.from_args(args, args.seed)
+    settings = policy_flags.from_args(args, args.seed)
     folder = weights.find_checkpoint(args.model)
     device = (
         "cuda" if args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available()) else "cpu"

@@ -20,8 +20,9 @@ from eval.accuracy.processes import Processes
 from eval.accuracy.results import write_json
 from eval.accuracy.runner import NothingAnswered, evaluate
 from eval.accuracy.tasks import TASKS
+from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note
-from minivlm.cache import settings as cache
+from minivlm.cache.settings import REGISTRY
 from minivlm.errors import UserError
 from minivlm.files import write_whole
 
@@ -44,13 +45,15 @@ def run_cells(cells: Sequence[dict], args: argparse.Namespace, processes: Proces
     results.json, or with the reason why one was `refused`."""
     base, load = command.prepare(args), command.loader(args)
     parser = Parser("")
-    cache.add_arguments(parser)
+    policy_flags.add_arguments(parser)
     done = []
     for cell in cells:
         if processes.rank == 0:
             print(f"{cell['name']}: {' '.join(cell['flags'])}", file=sys.stderr)
         try:
-            settings = cache.from_args(parser.parse_args(cell["flags"], argparse.Namespace(**vars(args))), args.seed)
+            settings = policy_flags.from_args(
+                parser.parse_args(cell["flags"], argparse.Namespace(**vars(args))), args.seed
+            )
         except UserError as error:
             done.append({**cell, "refused": str(error)})
             continue
@@ -124,7 +127,7 @@ def draw(cells: Sequence[dict], path: Path) -> bool:
 def main(arguments: Sequence[str]) -> None:
     """Runs the grid; the flags of `python -m eval` hold for all its cells."""
     parser = Parser("Runs policies at KV budgets; the other flags hold for all cells.", "python -m eval sweep")
-    parser.flag("policies", nargs="+", default=list(cache.REGISTRY), help="(all)")
+    parser.flag("policies", nargs="+", default=list(REGISTRY), help="(all)")
     parser.flag(
         "budgets",
         nargs="+",

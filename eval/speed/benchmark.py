@@ -24,9 +24,9 @@ from eval.accuracy.results import write_json
 from eval.speed.report import draw, table
 from eval.speed.shapes import SHAPES, Prompts, make_model, synthetic_prompts
 from eval.speed.timing import Contender, Ours, PeakMemory, bandwidth, batch_that_fits, decoder_bytes, take_turns
+from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note
-from minivlm.cache import settings as cache
-from minivlm.cache.settings import CacheSettings, parse_bool
+from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.files import expect_writable
 from minivlm.generation.compile import compiled_blocks, missing_compiler
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str], peers: Path) -> None:
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of the benchmark, and what is left: flags of the cache, for all policies."""
     parser = Parser(__doc__)
-    on_off = dict(type=parse_bool, nargs="?", const=True, metavar="BOOL")
+    on_off = dict(type=policy_flags.parse_bool, nargs="?", const=True, metavar="BOOL")
     parser.flag("shape", required=True, metavar="NAME|DIR", help=f"{', '.join(SHAPES)}, or a checkpoint folder")
     parser.flag(
         "random_weights",
@@ -169,7 +169,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def compile_flags(parser: Parser, default: bool) -> None:
     parser.flag(
         "compile",
-        type=parse_bool,
+        type=policy_flags.parse_bool,
         nargs="?",
         const=True,
         metavar="BOOL",
@@ -184,10 +184,10 @@ def candidate(text: str, flags: Sequence[str], seed: int, compiled: bool) -> Can
     label, colon, described = text.partition(": ")
     words = shlex.split(described if colon else text)
     parser = Parser("")
-    cache.add_arguments(parser)
+    policy_flags.add_arguments(parser)
     compile_flags(parser, compiled)
     own = parser.parse_args(["--policy", *words[:1], *flags, *words[1:]])
-    return Candidate(label if colon else text, cache.from_args(own, seed), own.compile)
+    return Candidate(label if colon else text, policy_flags.from_args(own, seed), own.compile)
 
 
 def peer(name: str, folder: Path):

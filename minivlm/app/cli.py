@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from minivlm.cache.settings import CacheSettings, spellings
+from minivlm.app.policy_flags import spellings
+from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 
 

@@ -7,9 +7,8 @@ override it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from minivlm.cache.policies import random_vision, streaming
@@ -42,15 +41,6 @@ REGISTRY: dict[str, Preset] = {
 }
 
 
-def parse_bool(text: str) -> bool:
-    """true/false, 1/0, yes/no; anything else is an error (and not, as often, true)."""
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
 def _flag(default: Any, name: str, kind: Callable, text: str) -> Any:
     return field(default=default, metadata=dict(flag=name, kind=kind, help=text))
 
@@ -64,7 +54,7 @@ class CacheSettings:
     """
 
     policy: str = "full"
-    vision: bool = _flag(False, "vision_adaptive_attention", parse_bool, "evict vision entries after prefill")
+    vision: bool = _flag(False, "vision_adaptive_attention", bool, "evict vision entries after prefill")
     vision_rate: float = _flag(0.5, "vision_adaptive_attention_rate", float, "share of the vision entries evicted")
     vision_compute_rate: float = _flag(
         0.6, "vision_adaptive_attention_compute_rate", float, "share of the vision entries left out of a core step"
@@ -76,19 +66,19 @@ class CacheSettings:
         "decode steps from one choice of the core to the next; <= 0: no core",
     )
     filter: bool = _flag(
-        False, "prefill_filter_flag", parse_bool, "stop computing the least attended vision tokens in prefill"
+        False, "prefill_filter_flag", bool, "stop computing the least attended vision tokens in prefill"
     )
     filter_layer: int = _flag(3, "prefill_filter_layer", int, "the first layer that sees only the survivors")
     filter_rate: float = _flag(0.5, "prefill_filter_rate", float, "share of the vision tokens that is dropped there")
-    text: bool = _flag(False, "text_pruning_flag", parse_bool, "evict text entries per head")
+    text: bool = _flag(False, "text_pruning_flag", bool, "evict text entries per head")
     text_rate: float = _flag(0.5, "text_pruning_rate", float, "share of the text entries evicted")
     text_init_cache: int = _flag(20, "text_init_cache", int, "text entries that always may stay")
-    text_h2o: bool = _flag(True, "text_use_h2o", parse_bool, "evict text by accumulated attention")
+    text_h2o: bool = _flag(True, "text_use_h2o", bool, "evict text by accumulated attention")
     text_hh_rate: float = _flag(0.7, "text_h20_hh_rate_in_cache", float, "share of the text budget for heavy hitters")
     text_direct: bool = _flag(
-        False, "compare_text_direct_pruning", parse_bool, "evict text by the last row alone (without text_use_h2o)"
+        False, "compare_text_direct_pruning", bool, "evict text by the last row alone (without text_use_h2o)"
     )
-    all_h2o: bool = _flag(False, "all_use_h2o", parse_bool, "H2O over the whole cache, vision and text alike")
+    all_h2o: bool = _flag(False, "all_use_h2o", bool, "H2O over the whole cache, vision and text alike")
     text_pruning_interval: int | None = _flag(
         None, "text_pruning_interval", int, "accepted, without effect: the budget holds at every step"
     )
@@ -188,40 +178,3 @@ class CacheSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--policy` and a flag per setting, in both spellings; a boolean takes true/false or stands alone."""
-    group = parser.add_argument_group("KV cache policy (rates are shares removed)")
-    group.add_argument(
-        "--policy",
-        default=argparse.SUPPRESS,
-        metavar="|".join(REGISTRY),
-        help="a preset; the flags below override it (full)",
-    )
-    for f in fields(CacheSettings):
-        if "flag" not in f.metadata:
-            continue
-        flag, kind = f.metadata["flag"], f.metadata["kind"]
-        alone = dict(nargs="?", const=True) if kind is parse_bool else {}
-        default = "" if f.default is None else f" ({str(f.default).lower()})"
-        group.add_argument(
-            *spellings(flag),
-            dest=f"cache.{f.name}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            help=f.metadata["help"] + default,
-            metavar={parse_bool: "BOOL", float: "F", int: "N"}[kind],
-            **alone,
-        )
-
-
-def spellings(flag: str) -> list[str]:
-    """`--like_this` and `--like-this`."""
-    return list(dict.fromkeys(("--" + flag, "--" + flag.replace("_", "-"))))
-
-
-def from_args(args: argparse.Namespace, seed: int = 0) -> CacheSettings:
-    """The settings that `add_arguments`' flags ask for; raises `UserError`."""
-    given = {name.removeprefix("cache."): value for name, value in vars(args).items() if name.startswith("cache.")}
-    return replace(CacheSettings.preset(getattr(args, "policy", "full"), **given), seed=seed)

@@ -11,6 +11,7 @@ import torch
 
 from avl_cases import tiny_model
 from cache_helpers import Player
+from minivlm.app import policy_flags
 from minivlm.app.cli import Parser
 from minivlm.cache import settings
 from minivlm.cache.prefill_pass import Prefill
@@ -37,8 +38,8 @@ def tova(monkeypatch) -> ModuleType:
 
 def policy_of(line: str):
     parser = Parser("")
-    settings.add_arguments(parser)
-    return settings.from_args(parser.parse_args(line.split())).build(2)
+    policy_flags.add_arguments(parser)
+    return policy_flags.from_args(parser.parse_args(line.split())).build(2)
 
 
 def play(static: bool, poison: bool = False) -> Player:

@@ -7,12 +7,13 @@ from dataclasses import fields, replace
 import pytest
 
 from minivlm.app.cli import Parser
+from minivlm.app.policy_flags import add_arguments, from_args
 from minivlm.cache.policies.avl import AdaptiveFilter, AdaptiveVision, TextDirect, TextH2O, TextHistory
 from minivlm.cache.policies.h2o import WholeCacheH2O
 from minivlm.cache.policies.random_vision import RandomVision
 from minivlm.cache.policies.streaming import Streaming
 from minivlm.cache.policy import Policy
-from minivlm.cache.settings import REGISTRY, CacheSettings, add_arguments, from_args
+from minivlm.cache.settings import REGISTRY, CacheSettings
 from minivlm.errors import UserError
 
 # Every flag of the A-VL authors' code, with its default there.
