@@ -1,4 +1,4 @@
-# Everything a fresh machine with Python >= 3.10 needs: `make demo` and `make test` set themselves up in $(VENV).
+# Everything needs only Python 3.10 or newer and make: the targets set up $(VENV) when they first need it.
 PYTHON ?= python3
 VENV ?= .venv
 # Passed on to pip, for an index or a proxy of your own: make demo PIP_ARGS="--index-url ..."
@@ -6,20 +6,37 @@ PIP_ARGS ?=
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-all results clean
+.PHONY: help demo test test-slow test-all lint format results clean
 
-demo: $(VENV)/.installed
+help:  ## list the targets (what plain `make` does)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## ask the bundled model about a page
 	$(BIN)/python scripts/generate.py --image weights/demo/pages/page_5.png --prompt "What is the total?" --stats
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev  ## run the quick tests
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/.installed-dev
+test-slow: $(VENV)/.installed-dev  ## run the slow tests only
+	$(BIN)/python -m pytest -m slow
+
+test-all: $(VENV)/.installed-dev  ## run all tests, quick and slow
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-# The tables and pictures of docs/, measured again.
-results: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## repair what ruff can repair, and format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+results: $(VENV)/.installed-dev  ## measure the tables and pictures of docs/results.md again
 	$(BIN)/python scripts/results.py
+
+clean:  ## remove the environment, build folders and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
@@ -30,6 +47,3 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL) --editable ".[dev]"
 	touch $@
-
-clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache
