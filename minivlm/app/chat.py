@@ -1,4 +1,4 @@
-"""Answers on a terminal: one streamed answer, and a conversation whose questions come from standard input."""
+"""Answers on a terminal: one streamed answer, or a conversation whose questions come from standard input."""
 
 from __future__ import annotations
 
@@ -9,62 +9,62 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from minivlm.app.cli import complain, note
-from minivlm.app.report import describe
+from minivlm.app.report import describe_stats
 from minivlm.errors import UserError
 from minivlm.generation.vlm import Conversation, Stream
 from minivlm.inputs.images import load_image
 
-_IMAGE = "/image"
+_IMAGE_COMMAND = "/image"
 
 
 def show(stream: Stream, stats: bool) -> bool:
-    """Print an answer as it comes -> whether Ctrl-C ended it; what was said until then stays.
+    """Print an answer while it is generated. Returns whether Ctrl-C ended it early.
 
-    On standard error: the statistics, and that the context is full where that ended the answer.
+    An interrupted answer ends after the token being computed; what was printed so far is kept. Standard error gets the
+    statistics, if `stats` asks for them, and a note if the model's context was full before the answer was complete.
     """
-    before = signal.signal(signal.SIGINT, lambda *_: stream.stop())
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: stream.stop())
     try:
         for piece in stream:
             print(piece, end="", flush=True)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
     print(flush=True)
+
     answer, generation = stream.answer, stream.generation
-    if (
-        answer.finish == "length"
-        and not generation.stopped
-        and len(answer.token_ids) < generation.sampling.max_new_tokens
-    ):
-        note(f"the answer ends here: the model's context of {generation.cache.config.context_length} tokens is full")
+    cut_short = answer.finish == "length" and len(answer.token_ids) < generation.sampling.max_new_tokens
+    if cut_short and not generation.stopped:
+        context_length = generation.cache.config.context_length
+        note(f"the answer ends here: the model's context of {context_length} tokens is full")
     if stats:
-        print(describe(answer.stats), file=sys.stderr)
+        print(describe_stats(answer.stats), file=sys.stderr)
     return generation.stopped
 
 
 def converse(conversation: Conversation, images: Sequence[Image.Image], first: str | None, stats: bool) -> None:
-    """Answer `first`, then every line of standard input, until its end or Ctrl-C at the prompt.
+    """Answer `first`, then each line of standard input, until the input ends or Ctrl-C is pressed at the prompt.
 
-    The line `/image FILE` adds an image to the next question, `/image` alone takes back those that wait for it.  What
-    is wrong with a turn is told in one line, and the conversation goes on; Ctrl-C ends a turn.
+    The line `/image FILE` adds an image to the next question; `/image` alone discards the images that wait for it. A
+    mistake in a turn is reported in one line and the conversation goes on. Ctrl-C during an answer ends only that turn.
     """
-    waiting = list(images)
-    for line in _lines(first):
+    pending_images = list(images)
+    for line in _questions(first):
         command, _, file = line.strip().partition(" ")
         try:
-            if command == _IMAGE:
-                waiting = [*waiting, load_image(file.strip())] if file.strip() else []
+            if command == _IMAGE_COMMAND:
+                pending_images = [*pending_images, load_image(file.strip())] if file.strip() else []
                 continue
-            stream = conversation.ask(line, waiting)
-            waiting = []
+            stream = conversation.ask(line, pending_images)
+            pending_images = []
             show(stream, stats)
         except UserError as error:
             complain(error)
-        except KeyboardInterrupt:  # before the answer began
+        except KeyboardInterrupt:  # during the prefill, before `show` handles Ctrl-C
             print(file=sys.stderr)
 
 
-def _lines(first: str | None) -> Iterator[str]:
-    """Questions, blank ones left out."""
+def _questions(first: str | None) -> Iterator[str]:
+    """Yield `first` and the lines of standard input, without blank ones."""
     if first is not None and first.strip():
         yield first
     while True:

@@ -1,4 +1,4 @@
-"""What all command lines share: flags in both spellings, errors in one line."""
+"""What all command lines share: flags in both spellings, mistakes told in one line, exit statuses."""
 
 from __future__ import annotations
 
@@ -6,42 +6,62 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from minivlm.app.policy_flags import spellings
+from minivlm.app.policy_flags import parse_bool, spellings
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are `UserError`s, and whose flags must be written out."""
+    """A parser that raises `UserError` for bad arguments and accepts no abbreviated flags."""
 
-    def __init__(self, description: str, prog: str | None = None) -> None:
+    def __init__(self, description: str | None, prog: str | None = None) -> None:
         super().__init__(
-            prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
-    def flag(self, name: str, **options) -> None:
-        """Add `--like_this` and `--like-this`."""
+    def flag(self, name: str, **options: Any) -> None:
+        """Add a flag in both spellings, `--like_this` and `--like-this`. `options` are those of `add_argument`."""
         self.add_argument(*spellings(name), **{"dest": name, **options})
 
+    def switch(self, name: str, *, default: bool | None = False, help: str) -> None:
+        """Add a boolean flag, which takes true/false or stands alone."""
+        self.flag(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+
     def model_flags(self) -> None:
-        """The flags of every script that loads a model."""
-        self.flag("model", metavar="DIR|HUB_ID", help="a checkpoint (the bundled demo checkpoint)")
-        self.flag("device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto: CUDA where there is one)")
+        """Add the flags of every script that loads a model."""
+        self.flag(
+            "model",
+            metavar="DIR|HUB_ID",
+            help="a checkpoint folder, or a repository on the Hugging Face Hub (the bundled demo checkpoint)",
+        )
+        self.flag(
+            "device",
+            default="auto",
+            choices=("auto", "cpu", "cuda"),
+            help="(auto: CUDA if there is a GPU)",
+        )
         self.flag(
             "dtype",
             default="auto",
             choices=("auto", "float32", "bfloat16", "float16"),
-            help="(auto: the checkpoint's on CUDA, float32 on the CPU)",
+            help="(auto: the checkpoint's dtype on CUDA, float32 on the CPU)",
         )
-        self.flag("seed", type=int, default=0, help="of all that is random (0)")
+        self.flag("seed", type=int, default=0, help="seed for everything random (0)")
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
-    """Run a script's `main`; a user's mistake becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a script's `main`.
+
+    A user's mistake becomes one line on stderr and exit status 2; Ctrl-C becomes exit status 130.
+    """
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -51,24 +71,27 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
         print(file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader has gone: nothing to say, also not at exit
+        # The reader of our output is gone, so there is nobody to tell. Python flushes stdout once more when it exits;
+        # with stdout redirected, that flush cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 def complain(error: UserError) -> None:
-    """Tell a user's mistake in one line on stderr."""
+    """Report a user's mistake in one line on stderr."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
 
 
 def note(text: str) -> None:
-    """Tell in one line on stderr what is no mistake, but may not be expected."""
+    """Report in one line on stderr something that is not a mistake but may surprise the user."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def note_settings(settings: CacheSettings, args: argparse.Namespace, images: bool = True) -> None:
-    """Tell what a user who chose a policy may not expect of it, on a prompt with or without `images`."""
+    """Report what may surprise a user about the policy, if the command line chose one.
+
+    `images` says whether the prompt has images.
+    """
     if any(name == "policy" or name.startswith("cache.") for name in vars(args)):
         for line in settings.notes(images):
             note(line)

@@ -15,16 +15,17 @@ from PIL import Image
 
 import tiny
 import weights
-from cli_helpers import GENERATE, Ran, endless_model, generate, refused, start, write_pages
+from cli_helpers import Ran, endless_model, generate, refused, start, write_pages
 from minivlm import CacheSettings, Sampling
-from minivlm.app.report import describe
+from minivlm.app import generate_command
+from minivlm.app.report import describe_stats
 from minivlm.cache.settings import REGISTRY
 
 FLAGS = {  # every flag of the script, with a value that is not its default
     "model": ("somewhere", "somewhere"), "device": ("cpu", "cpu"), "dtype": ("bfloat16", "bfloat16"), "seed": ("7", 7),
     "image": ("a.png", [Path("a.png")]), "prompt": ("Why?", "Why?"), "chat": (None, True), "max_new_tokens": ("5", 5),
-    "temperature": ("0.5", 0.5), "top_p": ("0.25", 0.25), "compile": ("true", True), "pad_to_square": (None, True), "stats": (None, True),
-    "overlay": ("out.png", Path("out.png")), "overlay_layer": ("1", 1), "overlay_step": ("2", 2),
+    "temperature": ("0.5", 0.5), "top_p": ("0.25", 0.25), "compile": ("true", True), "pad_to_square": (None, True),
+    "stats": (None, True), "overlay": ("out.png", Path("out.png")), "overlay_layer": ("1", 1), "overlay_step": ("2", 2),
 }  # fmt: skip
 
 
@@ -48,9 +49,9 @@ def test_every_flag_in_both_spellings(name, tmp_path, monkeypatch):
     needed = ["--image", "x.png"] if name.startswith("overlay") else []
     needed += ["--overlay", "o.png"] if name.startswith("overlay_") else []
     for spelling in (f"--{name}", "--" + name.replace("_", "-")):
-        args = GENERATE.parse(["--prompt", "x", *needed, spelling, *([] if value is None else [value])])
+        args = generate_command.parse(["--prompt", "x", *needed, spelling, *([] if value is None else [value])])
         assert getattr(args, name) == parsed
-    assert getattr(GENERATE.parse(["--prompt", "y"]), name) != parsed
+    assert getattr(generate_command.parse(["--prompt", "y"]), name) != parsed
 
 
 def test_every_policy_flag_in_both_spellings():
@@ -60,35 +61,25 @@ def test_every_policy_flag_in_both_spellings():
             continue
         text, parsed = values[type(f.default)]
         for spelling in (f"--{f.metadata['flag']}", "--" + f.metadata["flag"].replace("_", "-")):
-            assert vars(GENERATE.parse(["--prompt", "x", spelling, text]))[f"cache.{f.name}"] == parsed
+            assert vars(generate_command.parse(["--prompt", "x", spelling, text]))[f"cache.{f.name}"] == parsed
 
 
 def test_the_help_names_no_other_flags():
     ran = generate("--help")
     assert ran.status == 0
-    known = {
-        *FLAGS,
-        "no_compile",
-        "policy",
-        "help",
-        *(f.metadata["flag"] for f in fields(CacheSettings) if "flag" in f.metadata),
-    }
+    policy_flags = [f.metadata["flag"] for f in fields(CacheSettings) if "flag" in f.metadata]
+    known = {*FLAGS, "no_compile", "policy", "help", *policy_flags}
     options = ran.out[ran.out.index("\noptions:") :]
     assert {option[2:].replace("-", "_") for option in re.findall(r"--[a-z0-9_-]+", options)} == known
 
 
 @pytest.mark.parametrize("flag", ["chat", "stats", "compile"])
 def test_a_boolean_stands_alone_or_takes_a_word(flag):
-    for words, value in (
-        ([], True),
-        (["true"], True),
-        (["1"], True),
-        (["Yes"], True),
-        (["false"], False),
-        (["0"], False),
-    ):
-        assert getattr(GENERATE.parse(["--prompt", "x", f"--{flag}", *words]), flag) is value
-    assert GENERATE.parse(["--prompt", "x", "--no-compile"]).compile is False
+    for words in ([], ["true"], ["1"], ["Yes"]):
+        assert getattr(generate_command.parse(["--prompt", "x", f"--{flag}", *words]), flag) is True
+    for words in (["false"], ["0"]):
+        assert getattr(generate_command.parse(["--prompt", "x", f"--{flag}", *words]), flag) is False
+    assert generate_command.parse(["--prompt", "x", "--no-compile"]).compile is False
 
 
 # Answers
@@ -101,17 +92,8 @@ def test_what_is_streamed_is_the_answer(tmp_path, family, pages):
     for dtype, images in (("float32", pages), ("float32", []), ("bfloat16", pages[:1])):
         flag = ["--image", *images] if images else []
         ran = generate(
-            "--model",
-            folder,
-            *flag,
-            "--prompt",
-            "What is this?",
-            "--max_new_tokens",
-            30,
-            "--dtype",
-            dtype,
-            "--device",
-            "cpu",
+            *("--model", folder, *flag, "--prompt", "What is this?"),
+            *("--max_new_tokens", 30, "--dtype", dtype, "--device", "cpu"),
         )
         assert (ran.status, ran.err) == (0, "")
         if dtype == "float32":
@@ -139,7 +121,7 @@ def test_stats(tmp_path, pages, policy):
         "Why?", [pages[0]], sampling=Sampling(9), settings=CacheSettings.preset(policy)
     )
     assert ran.out == answer.text + "\n"
-    assert timeless(ran.err) == timeless(describe(answer.stats))
+    assert timeless(ran.err) == timeless(describe_stats(answer.stats))
     share = float(re.search(r"([\d.]+)% of the full cache's", ran.err)[1])
     assert share == 100 if policy == "full" else share < 100
     assert re.search(r"^prefill [\d.]+ ms for \d+ tokens \(70 of images\)$", ran.err, re.M)
@@ -164,14 +146,10 @@ def test_a_note_on_what_a_chosen_policy_does_not_do(model):
     common = ("--model", model, "--prompt", "Hi?", "--max_new_tokens", 2)
     assert generate(*common).err == ""
     assert generate(*common, "--policy", "full").err == "note: policy 'full' saves no bytes\n"
-    assert (
-        "note: --text_pruning_interval has no effect"
-        in generate(*common, "--policy", "avl", "--text_pruning_interval", 4).err
-    )
-    assert (
-        "note: --kv_budget has no effect on a prompt without images"
-        in generate(*common, "--policy", "avl", "--kv_budget", 0.5).err
-    )
+    ran = generate(*common, "--policy", "avl", "--text_pruning_interval", 4)
+    assert "note: --text_pruning_interval has no effect" in ran.err
+    ran = generate(*common, "--policy", "avl", "--kv_budget", 0.5)
+    assert "note: --kv_budget has no effect on a prompt without images" in ran.err
 
 
 def test_an_answer_that_fills_the_context_says_so(tmp_path):
@@ -188,18 +166,8 @@ def test_an_answer_that_fills_the_context_says_so(tmp_path):
 def test_an_overlay_is_a_picture(model, pages, tmp_path):
     out = tmp_path / "out.png"
     ran = generate(
-        "--model",
-        model,
-        "--image",
-        *pages,
-        "--prompt",
-        "Why?",
-        "--policy",
-        "avl",
-        "--max_new_tokens",
-        5,
-        "--overlay",
-        out,
+        *("--model", model, "--image", *pages, "--prompt", "Why?"),
+        *("--policy", "avl", "--max_new_tokens", 5, "--overlay", out),
     )
     assert (ran.status, ran.err) == (0, "")
     with Image.open(out) as picture:
@@ -222,7 +190,7 @@ def test_an_overlay_that_fails_half_way_leaves_the_old_file(model, pages, tmp_pa
 
     out = tmp_path / "out.png"
     out.write_bytes(b"old")
-    monkeypatch.setattr(GENERATE, "draw", lambda *_, **__: Half())
+    monkeypatch.setattr(generate_command, "draw_overlay", lambda *_, **__: Half())
     ran = generate("--model", model, "--image", pages[0], "--prompt", "Why?", "--max_new_tokens", 1, "--overlay", out)
     assert ran.status == 2 and ran.err == f"error: {out}: cannot be written (No space left on device)\n"
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
@@ -240,7 +208,9 @@ def test_an_overlay_of_a_layer_that_is_not_there(model, pages, tmp_path):
 
 def prefilled(err: str) -> list[tuple[int, int]]:
     """(tokens, tokens of images) of each turn's prefill, from its statistics."""
-    return [tuple(map(int, found)) for found in re.findall(r"ms for (\d+) tokens \((\d+) of images\)", err)]
+    return [
+        (int(tokens), int(images)) for tokens, images in re.findall(r"ms for (\d+) tokens \((\d+) of images\)", err)
+    ]
 
 
 def test_a_later_turn_computes_only_what_is_new(model, pages):
@@ -249,9 +219,9 @@ def test_a_later_turn_computes_only_what_is_new(model, pages):
     assert ran.status == 0 and ran.out.count("\n") == 2
     (first, vision), (second, none) = prefilled(ran.err)
     assert (vision, none) == (70, 0) and second < 40 < first
-    held = [float(found) for found in re.findall(r"KV cache ([\d.]+) KiB after prefill, 100.0%", ran.err)]
+    kib = [float(size) for size in re.findall(r"KV cache ([\d.]+) KiB after prefill, 100.0%", ran.err)]
     entry = 2 * 2 * 2 * 16 * 4 / 1024  # KiB: layers, keys and values, key/value heads, dimensions, bytes
-    assert held == [first * entry, (first + 5 + second) * entry]  # the answer's last token is among the second turn's
+    assert kib == [first * entry, (first + 5 + second) * entry]  # the answer's last token is among the second turn's
     assert generate(*flags, "--prompt", "First?", stdin="Second?\n").out == ran.out
 
 
@@ -366,5 +336,7 @@ def test_a_reader_that_goes_away(endless):
     process = start("generate", "--model", endless, "--prompt", "Hi?", "--max_new_tokens", 60000)
     process.stdout.read(1)
     process.stdout.close()
-    assert process.stderr.read() == b""
+    process.stdin.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
     assert process.wait(timeout=120) == 1

@@ -139,20 +139,29 @@ BAD_CHECKPOINTS = {
     ),
     "index points outside": (unmapped, (INDEX, "image_newline", "inside the folder")),
     "no config": (lambda f: (f / "config.json").unlink(), ("no config.json",)),
-    "field missing": (lambda f: edit_json(f / "config.json", text_config=None), ("config.json", "text_config is missing")),
-    "model type": (lambda f: edit_json(f / "config.json", model_type="paligemma"), ("config.json", "'paligemma' is not supported")),
+    "field missing": (
+        lambda f: edit_json(f / "config.json", text_config=None),
+        ("config.json", "text_config is missing"),
+    ),
+    "model type": (
+        lambda f: edit_json(f / "config.json", model_type="paligemma"),
+        ("config.json", "'paligemma' is not supported"),
+    ),
     "image token": (
         lambda f: edit_json(f / "config.json", image_token_index=17),
         ("<image>", "image_token_index is 17"),
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ("no tokenizer.json",)),
-    "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ("tokenizer.json", "not a valid tokenizer")),
+    "damaged tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        ("tokenizer.json", "not a valid tokenizer"),
+    ),
     "escaping template": (
         lambda f: tiny.dump(f / "chat_template.json", {"chat_template": _ESCAPE}),
         ("chat_template.json", "unsafe"),
     ),
     "no image settings": (lambda f: (f / "preprocessor_config.json").unlink(), ("preprocessor_config.json",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", BAD_CHECKPOINTS)
@@ -176,23 +185,23 @@ def test_unknown_models(name, tmp_path, monkeypatch):
     refused(generate("--model", name, "--prompt", "Why?"), name, "no such folder")
 
 
-def bad_image(folder: Path, kind: str) -> Path:
-    path = folder / f"{kind}.png"
-    if kind == "text":
+def bad_image(folder: Path, fault: str) -> Path:
+    path = folder / f"{fault}.png"
+    if fault == "text":
         path.write_text("not an image")
-    elif kind == "cut":
+    elif fault == "cut":
         write_pages(folder)
         path.write_bytes((folder / "wide.png").read_bytes()[:-40])
-    elif kind == "bomb":
-        # A valid PNG of 20000 x 20000 black pixels would be small; its header alone is enough to be refused.
+    elif fault == "bomb":
+        # A black PNG of this size is a small file; its header alone is reason to refuse it.
         Image.new("1", (20000, 20000)).save(path)
-    elif kind == "folder":
+    elif fault == "folder":
         path.mkdir()
     return path
 
 
 @pytest.mark.parametrize(
-    "kind, said",
+    "fault, said",
     [
         ("text", "not an image"),
         ("cut", "cannot be read"),
@@ -201,9 +210,9 @@ def bad_image(folder: Path, kind: str) -> Path:
         ("folder", "directory"),
     ],
 )
-def test_bad_images_are_told_before_loading(tmp_path, monkeypatch, kind, said):
+def test_bad_images_are_told_before_loading(tmp_path, monkeypatch, fault, said):
     monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("loading started"))
-    path = bad_image(tmp_path, kind)
+    path = bad_image(tmp_path, fault)
     refused(generate("--image", path, "--prompt", "Why?"), path, said)
 
 
@@ -229,15 +238,11 @@ def test_a_budget_that_nothing_can_meet(model, pages):
 def test_a_conversation_goes_on_after_a_budget_that_a_turn_cannot_meet(model, pages):
     flags = ("--model", model, "--chat", "--policy", "avl", "--kv_budget", 0.3, "--max_new_tokens", 4)
     plain = generate(*flags, "--image", pages[0], stdin="One?\nTwo?\n")
-    ran = generate(
-        *flags, "--image", pages[0], stdin="One?\n/image " + str(pages[1]) + "\n" + "why " * 60 + "\n/image\nTwo?\n"
-    )
-    assert ran.status == 0 and ran.out.splitlines()[0] == plain.out.splitlines()[0]
-    assert (
-        ran.out.count("\n") == 2
-        and ran.err.startswith("error: kv_budget 0.3 is infeasible")
-        and ran.err.count("\n") == 1
-    )
+    lines = ["One?", f"/image {pages[1]}", "why " * 60, "/image", "Two?"]
+    ran = generate(*flags, "--image", pages[0], stdin="\n".join(lines) + "\n")
+    assert ran.status == 0 and ran.out.count("\n") == 2
+    assert ran.out.splitlines()[0] == plain.out.splitlines()[0]
+    assert ran.err.startswith("error: kv_budget 0.3 is infeasible") and ran.err.count("\n") == 1
 
 
 def test_a_mistake_in_a_conversation_is_no_mistake_of_the_model(model, monkeypatch):

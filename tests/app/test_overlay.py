@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from minivlm.app.overlay import draw, token_boxes, token_states
+from minivlm.app.overlay import draw_overlay, token_boxes, token_states
 from minivlm.cache.recorder import HELD, NEVER, Recorder
 from minivlm.errors import UserError
 from minivlm.inputs.images import ImageSettings, pixel_values
@@ -38,16 +38,15 @@ def image_settings(model: VLMConfig, size: object = None, **changes) -> ImageSet
 
 
 def seen(image: Image.Image, model: VLMConfig, settings: ImageSettings) -> torch.Tensor:
-    """[N, 3]: the mean colour under each token, by the library's own pixel values and packing; NaN for what is no patch."""
+    """[N, 3]: the mean colour under each token, from the library's pixel values and packing. NaN: not a patch."""
     pixels = pixel_values([image], settings, model)[0]
     side, patch = model.vision.grid, model.vision.patch_size
     tiles = pixels if model.is_next else pixels[None]  # [tiles, 3, s, s]
     cut = tiles[..., : side * patch, : side * patch].unfold(2, patch, patch).unfold(3, patch, patch)
     means = cut.mean(dim=(-2, -1)).flatten(2).transpose(1, 2)  # [tiles, side², 3]
     if model.is_next:
-        return Llava._pack(
-            SimpleNamespace(config=model, image_newline=torch.full((3,), torch.nan)), means, (image.height, image.width)
-        )
+        packer = SimpleNamespace(config=model, image_newline=torch.full((3,), torch.nan))
+        return Llava._pack(packer, means, (image.height, image.width))
     cls = torch.full((int(model.select_strategy == "full"), 3), torch.nan)
     return torch.cat((cls, means[0]))
 
@@ -69,12 +68,11 @@ def shrunk_area(height: int, width: int, model: VLMConfig) -> float:
     return fitted[0] * fitted[1] / (height * width)
 
 
-CROP, NEXT = config("llava"), config("llava_next")
-CLASS_TOKEN, ODD, RIMS = (
-    config("llava", vision_feature_select_strategy="full"),
-    config("llava", patch=13),
-    config("llava_next", patch=12),
-)
+CROP = config("llava")
+NEXT = config("llava_next")
+CLASS_TOKEN = config("llava", vision_feature_select_strategy="full")
+ODD = config("llava", patch=13)
+RIMS = config("llava_next", patch=12)
 # Model, settings, and how many pixels of the (finer) view a pixel of a page of (h, w) becomes.
 CASES = {
     "crop": (CROP, image_settings(CROP), lambda h, w: (TILE / min(h, w)) ** 2),
@@ -97,7 +95,7 @@ def test_boxes_are_what_the_tokens_see(name):
         boxes = token_boxes((height, width), model, settings)
         assert len(boxes) == len(colours) == anyres.image_tokens((height, width), model)
         base = model.vision.grid**2 if model.is_next else 0
-        for i, (box, (red, green, blue)) in enumerate(zip(boxes, colours.tolist())):
+        for i, (box, (red, green, blue)) in enumerate(zip(boxes, colours.tolist(), strict=True)):
             if box is None:
                 assert not blue > 0.02, (height, width, i)  # NaN, or padding
                 continue
@@ -107,12 +105,10 @@ def test_boxes_are_what_the_tokens_see(name):
             cover = (x1 - x0) * (y1 - y0) * scale / model.vision.patch_size**2
             assert blue == pytest.approx(cover, abs=0.06), (height, width, i)
             if cover > 0.2:  # the mean colour of the page in it is the colour of the box's centre
-                assert red / blue * width == pytest.approx((x0 + x1) / 2, abs=0.02 * width + 0.5), (height, width, i)
-                assert green / blue * height == pytest.approx((y0 + y1) / 2, abs=0.02 * height + 0.5), (
-                    height,
-                    width,
-                    i,
-                )
+                middle = pytest.approx((x0 + x1) / 2, abs=0.02 * width + 0.5)
+                assert red / blue * width == middle, (height, width, i)
+                middle = pytest.approx((y0 + y1) / 2, abs=0.02 * height + 0.5)
+                assert green / blue * height == middle, (height, width, i)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -130,10 +126,10 @@ def test_a_marker_on_the_page_lies_in_the_box_of_the_token_that_sees_it(name):
         for first, end in ((0, base), (base, len(boxes))):
             lit = [i for i in range(first, end) if light[i] > 0.01]
             assert all(boxes[i] and holds(boxes[i], x, y, -8) for i in lit), (height, width, x, y)
-            found = [i for i in range(first, end) if boxes[i] and holds(boxes[i], x, y, 2)]
-            assert len(found) <= 1
-            assert all(light[i] == max(light[lit]) for i in found), (height, width, x, y)
-            hits += len(found)
+            inside = [i for i in range(first, end) if boxes[i] and holds(boxes[i], x, y, 2)]
+            assert len(inside) <= 1
+            assert all(light[i] == max(light[lit]) for i in inside), (height, width, x, y)
+            hits += len(inside)
     assert hits >= 5
 
 
@@ -181,16 +177,16 @@ def test_pictures(model):
     fate = torch.full((3, 2, 2 + sum(counts)), HELD, dtype=torch.int16)
     vision = list(range(1, 1 + sum(counts)))
     fate[1, :, vision[: counts[0]]] = 0
-    picture = draw(images, model, Recorder(fate), vision, 3)
-    assert picture.tobytes() == draw(images, model, Recorder(fate), vision, 3, 1).tobytes()
+    picture = draw_overlay(images, model, Recorder(fate), vision)
+    assert picture.tobytes() == draw_overlay(images, model, Recorder(fate), vision, layer_idx=1).tobytes()
     heights = [450, 2000]  # 900 wide, unless that makes a page higher than 2000
     rows = [height + 40 for height in heights for _ in range(2 if model.is_next else 1)]
     assert picture.size == (3 * 24 + 2 * 900, 24 + 64 + sum(rows) + 24 * len(rows))
 
     mean, layer = (24, 128), (24, 128 + 450 + 64) if model.is_next else (948, 128)  # corners of the first page, twice
     for corner, colour in ((mean, (212, 153, 147)), (layer, (140, 143, 156))):
-        found = picture.getpixel((corner[0] + 470, corner[1] + 240))
-        assert max(abs(a - b) for a, b in zip(found, colour)) <= 2
+        pixel = picture.getpixel((corner[0] + 470, corner[1] + 240))
+        assert max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) <= 2
     at_the_rim = picture.getpixel((layer[0] + 100, layer[1] + 240))
     assert (at_the_rim == (255, 255, 255)) == (not model.is_next)  # LLaVA-1.5 crops it away
 
@@ -199,7 +195,7 @@ def test_pictures_of_cores_differ_from_step_to_step():
     page, model = Image.new("RGB", (56, 56), "white"), config("llava", patch=28)
     fate = torch.full((1, 1, 6), HELD, dtype=torch.int16)
     recorder = Recorder(fate, [(0, [torch.tensor([1])]), (3, [torch.tensor([4])])])
-    first, last = (draw([page], model, recorder, [1, 2, 3, 4], 1, step=step) for step in (0, None))
+    first, last = (draw_overlay([page], model, recorder, [1, 2, 3, 4], step=step) for step in (0, None))
     top, bottom = (24 + 100, 128 + 100), (24 + 800, 128 + 800)
     assert first.getpixel(top) == last.getpixel(bottom) != last.getpixel(top) == first.getpixel(bottom)
 
@@ -208,6 +204,6 @@ def test_refusals():
     page, recorder = Image.new("RGB", (56, 56)), Recorder(torch.full((2, 1, 20), HELD, dtype=torch.int16))
     for layer in (-1, 2):
         with pytest.raises(UserError, match=f"--overlay_layer is {layer}, the model has layers 0 to 1"):
-            draw([page], CROP, recorder, list(range(16)), 2, layer)
-    with pytest.raises(ValueError, match="15 vision tokens for images of .16. tokens"):
-        draw([page], CROP, recorder, list(range(15)), 2)
+            draw_overlay([page], CROP, recorder, list(range(16)), layer_idx=layer)
+    with pytest.raises(ValueError, match=r"15 vision tokens for images of \[16\] tokens"):
+        draw_overlay([page], CROP, recorder, list(range(15)))

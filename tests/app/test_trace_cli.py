@@ -7,42 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import tiny
 import weights
 from cli_helpers import Ran, call, refused, script, write_pages
 from golden_helpers import GOLDEN, load_trace
-from minivlm import Sampling
+from minivlm import CacheSettings, Sampling
+from minivlm.app import trace_command
 
-TRACE = script("trace")
 # A golden trace that uses most parts, and the flags that made it.
 CONFIG = "v50_c75_i3_t30_f3_30"
 FLAGS = [
-    "--vision_adaptive_attention",
-    "--vision-adaptive-attention-rate",
-    "0.5",
-    "--vision_adaptive_attention_compute_rate",
-    "0.75",
-    "--vision_adaptive_attention_update_interval",
-    "3",
-    "--text_pruning_flag",
-    "true",
-    "--text_pruning_rate",
-    "0.3",
-    "--text_init_cache",
-    "{init}",
-    "--prefill-filter-flag",
-    "1",
-    "--prefill_filter_layer",
-    "3",
-    "--prefill_filter_rate",
-    "0.3",
+    *("--vision_adaptive_attention", "--vision-adaptive-attention-rate", "0.5"),
+    *("--vision_adaptive_attention_compute_rate", "0.75", "--vision_adaptive_attention_update_interval", "3"),
+    *("--text_pruning_flag", "true", "--text_pruning_rate", "0.3", "--text_init_cache", "{init}"),
+    *("--prefill-filter-flag", "1", "--prefill_filter_layer", "3", "--prefill_filter_rate", "0.3"),
 ]
 
 
 def run_trace(*arguments: object) -> Ran:
-    return call(TRACE.main, *arguments)
+    return call(script("trace").main, *arguments)
 
 
 def check_layout(out: dict[str, torch.Tensor], steps: int, length: int, config) -> None:
@@ -72,22 +58,18 @@ def check_layout(out: dict[str, torch.Tensor], steps: int, length: int, config) 
 def test_a_golden_trace_through_flags(model, tmp_path):
     golden, about = load_trace(model, CONFIG)
     flags = [flag.format(init=about["config"]["text_init_cache"]) for flag in FLAGS]
-    given = GOLDEN / model / "input.safetensors"
+    folder, given = GOLDEN / model / "model", GOLDEN / model / "input.safetensors"
     files = {"free": (), "forced": ("--teacher_forcing", GOLDEN / model / "golden" / f"{CONFIG}.safetensors")}
     for name, forced in files.items():
         out = tmp_path / f"{name}.safetensors"
-        ran = run_trace(
-            "--model", GOLDEN / model / "model", "--inputs", given, "--steps", 48, "--out", out, *forced, *flags
-        )
+        ran = run_trace("--model", folder, "--inputs", given, "--steps", 48, "--out", out, *forced, *flags)
         assert (ran.status, ran.out, ran.err) == (0, "", "")
         ours, inputs = load_file(out), load_file(given)
         torch.testing.assert_close(ours["logits"], golden["logits"], atol=1e-3, rtol=0)
         for part in ("tokens", "fate", "vision_kept", "core_steps"):
             assert torch.equal(ours[part], golden[part]), part
         assert torch.equal(ours["core"].sort().values, golden["core"].sort().values)
-        check_layout(
-            ours, 48, len(inputs["inputs_embeds"]), weights.load(GOLDEN / model / "model", device="cpu").config
-        )
+        check_layout(ours, 48, len(inputs["inputs_embeds"]), weights.load(folder, device="cpu").config)
         for part in ("input_ids", "pixel_values"):
             assert torch.equal(ours[part], inputs[part]), part
 
@@ -117,10 +99,8 @@ def test_ids_may_be_expanded_already(model, tmp_path):
     outs = []
     for inputs in (GOLDEN / model / "input.safetensors", expanded):
         outs.append(tmp_path / f"{len(outs)}.safetensors")
-        assert (
-            run_trace("--model", folder, "--inputs", inputs, "--steps", 4, "--out", outs[-1], "--policy", "avl").status
-            == 0
-        )
+        flags = ("--steps", 4, "--policy", "avl")
+        assert run_trace("--model", folder, "--inputs", inputs, *flags, "--out", outs[-1]).status == 0
     first, second = map(load_file, outs)
     for name in first.keys() - {"input_ids"}:
         assert torch.equal(first[name], second[name]), name
@@ -130,10 +110,8 @@ def test_ids_may_be_expanded_already(model, tmp_path):
 @pytest.mark.parametrize("family", ["llava-1.5", "next-llama3"])
 @pytest.mark.parametrize("policy", ["full", "avl", "h2o"])
 def test_images_and_a_prompt(family, policy, tmp_path):
-    folder, pages = (
-        tiny.write(tmp_path / "model", family, text_config={"eos_token_id": tiny.VOCAB}),
-        write_pages(tmp_path),
-    )
+    folder = tiny.write(tmp_path / "model", family, text_config={"eos_token_id": tiny.VOCAB})
+    pages = write_pages(tmp_path)
     tiny.dump(folder / "generation_config.json", {})
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     flags = () if policy == "full" else ("--policy", policy)
@@ -143,7 +121,7 @@ def test_images_and_a_prompt(family, policy, tmp_path):
     check_layout(ours, 7, ours["input_ids"].shape[1], vlm.config)
     assert ("vision_kept" in ours, "core" in ours) == (policy != "h2o", policy == "avl")
     # It is what the answer is made of, and its file is itself an input.
-    settings = TRACE.cache.CacheSettings.preset(policy)
+    settings = CacheSettings.preset(policy)
     assert ours["tokens"].tolist() == vlm.ask("What is this?", pages, sampling=Sampling(7), settings=settings).token_ids
     assert run_trace(*common, "--inputs", out, "--out", again) == Ran(0, "", "")
     repeated = load_file(again)
@@ -157,17 +135,12 @@ def test_a_prompt_without_images(tmp_path):
 
 
 def test_every_flag_in_both_spellings(tmp_path):
-    for name, value in (
-        ("teacher_forcing", "t"),
-        ("steps", "3"),
-        ("inputs", "i"),
-        ("out", str(tmp_path / "o")),
-        ("seed", "4"),
-    ):
+    values = {"teacher_forcing": "t", "steps": "3", "inputs": "i", "out": str(tmp_path / "o"), "seed": "4"}
+    for name, value in values.items():
         needed = {"--inputs": "i", "--steps": "3", "--out": str(tmp_path / "o")}
         for spelling in (f"--{name}", "--" + name.replace("_", "-")):
             given = {**needed, spelling: value}
-            assert str(getattr(TRACE.parse([word for pair in given.items() for word in pair]), name)) == value
+            assert str(getattr(trace_command.parse([word for pair in given.items() for word in pair]), name)) == value
 
 
 # What is refused
@@ -212,10 +185,8 @@ def test_needs_inputs_and_a_place(tmp_path):
     refused(run_trace("--model", NEXT / "model", "--steps", 3, "--out", tmp_path / "o"), "either --inputs, or --prompt")
     refused(run_trace("--model", NEXT / "model", "--prompt", "x", "--steps", 3), "--out")
     refused(run_trace("--model", NEXT / "model", "--prompt", "x", "--out", tmp_path / "o"), "--steps")
-    refused(
-        run_trace("--model", NEXT / "model", "--prompt", "x", "--steps", 3, "--out", tmp_path / "o"),
-        "no tokenizer.json",
-    )
+    flags = ("--prompt", "x", "--steps", 3, "--out", tmp_path / "o")
+    refused(run_trace("--model", NEXT / "model", *flags), "no tokenizer.json")
 
 
 def wrong_inputs() -> dict[str, tuple[dict[str, torch.Tensor | None], tuple[str, ...]]]:
@@ -240,9 +211,9 @@ def wrong_inputs() -> dict[str, tuple[dict[str, torch.Tensor | None], tuple[str,
     }
 
 
-@pytest.mark.parametrize("kind", wrong_inputs())
-def test_wrong_inputs(kind, tmp_path):
-    changes, said = wrong_inputs()[kind]
+@pytest.mark.parametrize("fault", wrong_inputs())
+def test_wrong_inputs(fault, tmp_path):
+    changes, said = wrong_inputs()[fault]
     given = {**load_file(NEXT / "input.safetensors"), **changes}
     save_file({name: tensor for name, tensor in given.items() if tensor is not None}, tmp_path / "in.safetensors")
     flags = ("--inputs", tmp_path / "in.safetensors", "--steps", 3, "--out", tmp_path / "out.safetensors")
@@ -262,16 +233,8 @@ def test_wrong_inputs(kind, tmp_path):
 )
 def test_wrong_tokens_to_feed(tokens, said, tmp_path):
     save_file({"tokens": tokens}, tmp_path / "forced")
-    flags = (
-        "--inputs",
-        NEXT / "input.safetensors",
-        "--steps",
-        3,
-        "--teacher_forcing",
-        tmp_path / "forced",
-        "--out",
-        tmp_path / "out",
-    )
+    flags = ("--inputs", NEXT / "input.safetensors", "--steps", 3, "--out", tmp_path / "out")
+    flags = (*flags, "--teacher_forcing", tmp_path / "forced")
     refused(run_trace("--model", NEXT / "model", *flags), said)
 
 
@@ -281,23 +244,19 @@ def test_a_file_that_is_not_safetensors(tmp_path):
     common = ("--model", NEXT / "model", "--steps", 3, "--out", tmp_path / "out")
     refused(run_trace(*common, "--inputs", path), path, "cannot be read as safetensors")
     refused(run_trace(*common, "--inputs", tmp_path), tmp_path, "no such file")
-    refused(
-        run_trace(*common, "--inputs", NEXT / "input.safetensors", "--teacher_forcing", NEXT / "input.safetensors"),
-        "no tensor 'tokens'",
-    )
+    no_trace = ("--inputs", NEXT / "input.safetensors", "--teacher_forcing", NEXT / "input.safetensors")
+    refused(run_trace(*common, *no_trace), "no tensor 'tokens'")
 
 
 def test_a_trace_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
     def half(tensors: dict, path: Path) -> None:
         path.write_bytes(b"half")
-        raise TRACE.SafetensorError("Error while serializing: No space left on device")
+        raise SafetensorError("Error while serializing: No space left on device")
 
     out = tmp_path / "out"
     out.write_bytes(b"old")
-    monkeypatch.setattr(TRACE, "save_file", half)
+    monkeypatch.setattr(trace_command, "save_file", half)
     ran = run_trace("--model", NEXT / "model", "--inputs", NEXT / "input.safetensors", "--steps", 2, "--out", out)
-    assert (
-        ran.status == 2
-        and ran.err == f"error: {out}: cannot be written (Error while serializing: No space left on device)\n"
-    )
+    assert ran.status == 2
+    assert ran.err == f"error: {out}: cannot be written (Error while serializing: No space left on device)\n"
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
