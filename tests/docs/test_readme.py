@@ -1,4 +1,4 @@
-"""What the README says is true: its commands run, its Python runs, its flags, policies, checkpoints and links exist."""
+"""The README and the other documents are true: commands and Python run; flags, policies and links exist."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ import runpy
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from cli_helpers import ROOT, call, script
+from cli_helpers import call, script
 from eval.accuracy.tasks import GROUPS, TASKS
 from eval.demo.pages import draw_page
 from minivlm.cache.settings import REGISTRY
+from paths import ROOT
 from weights import DEMO
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -33,7 +36,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of a shell block that runs this repository's Python, on the bundled checkpoint."""
+    """The lines of shell blocks that run this repository's Python and need nothing but the bundled checkpoint."""
     lines = [
         line
         for block in blocks("sh")
@@ -50,7 +53,7 @@ def needs_the_hub(words: list[str]) -> bool:
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch) -> Path:
-    """The root of a repository in which only what commands write is new."""
+    """The current directory: a stand-in for the repository's root, which keeps what commands write out of it."""
     for name in ("scripts", "weights"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -58,7 +61,10 @@ def clone(tmp_path, monkeypatch) -> Path:
 
 
 def run_line(line: str, monkeypatch, stdin: str = "") -> tuple[str, str]:
-    """A `python …` line in this process, as the interpreter would run it -> (stdout, stderr); it has to succeed."""
+    """Run a `python …` line in this process as the interpreter would, and return its stdout and stderr.
+
+    The command has to succeed.
+    """
     words = shlex.split(line)[1:]
     module = words[0] == "-m"
     out, err = io.StringIO(), io.StringIO()
@@ -67,6 +73,8 @@ def run_line(line: str, monkeypatch, stdin: str = "") -> tuple[str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             if module:
+                # Another test may have imported it; runpy warns if it is there before it runs.
+                monkeypatch.delitem(sys.modules, f"{words[1]}.__main__", raising=False)
                 runpy.run_module(words[1], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(words[0], run_name="__main__")
@@ -76,13 +84,13 @@ def run_line(line: str, monkeypatch, stdin: str = "") -> tuple[str, str]:
 
 
 def truth(image: str, question: str) -> str:
-    """The value of the field that a question about an example page names; the page is drawn again to know it."""
+    """The right answer to a question about an example page, which is drawn again to read the field's value."""
     path = DEMO / "pages" / Path(image).name
     with Image.open(path) as picture:
         size = picture.size[::-1]
     page = draw_page(random.Random(f"examples 0 {path.stem.removeprefix('page_')}"), "heldout", size)
-    (found,) = [field.value for field in page.fields if f"the {field.name.lower()}?" in question.lower()]
-    return found
+    (value,) = [field.value for field in page.fields if f"the {field.name.lower()}?" in question.lower()]
+    return value
 
 
 def test_the_readme_opens_with_what_a_newcomer_needs():
@@ -95,7 +103,7 @@ def test_the_readme_opens_with_what_a_newcomer_needs():
 def test_commands(line, clone, monkeypatch):
     out, err = run_line(line, monkeypatch, stdin="What is the tax?\nWhat is the account?\n" if "--chat" in line else "")
     words = shlex.split(line)
-    given = {flag: value for flag, value in zip(words, words[1:]) if flag.startswith("--")}
+    given = {flag: value for flag, value in pairwise(words) if flag.startswith("--")}
     assert "error" not in err
     for flag in given.keys() & {"--overlay", "--out"}:
         assert (clone / given[flag]).stat().st_size > 1000
@@ -117,8 +125,8 @@ def test_python(clone, capsys):
 
 
 def test_make_demo(clone):
-    """Its own command, as a process, without the set-up before it."""
-    recipe = re.search(r"^demo:.*\n\t(.+)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    """The command of `make demo` runs as a process, without the set-up before it."""
+    recipe = re.search(r"^demo:.*\n\t(.+)$", MAKEFILE, re.M)[1]
     assert recipe.startswith("$(BIN)/python scripts/generate.py ")
     words = shlex.split(recipe)[1:]
     image, question = (words[words.index(flag) + 1] for flag in ("--image", "--prompt"))
@@ -128,11 +136,24 @@ def test_make_demo(clone):
 
 
 def test_make_calls_what_there_is():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)", README):
-        assert re.search(rf"^{target}:", makefile, re.M), target
-    for path in re.findall(r"python (scripts/\S+\.py)", README + makefile):
+    for path in re.findall(r"python (scripts/\S+\.py)", README + MAKEFILE):
         assert (ROOT / path).is_file(), path
+
+
+def test_make_help_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split()
+    assert re.findall(r"^([a-z-]+):.*  ## \S", MAKEFILE, re.M) == phony
+
+
+def test_continuous_integration_runs_the_test_command():
+    assert blocks("sh")[0].split("\n")[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"`make ([a-z-]+)", text) + re.findall(r"^make ([a-z-]+)$", text, re.M):
+        assert re.search(rf"^{target}:", MAKEFILE, re.M), target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -150,19 +171,21 @@ def test_links(document):
 def test_flags(document):
     known = {"--nproc_per_node", "--index"}  # of torchrun and pip
     known |= set(re.findall(r"--[a-z0-9_]+", call(script("generate").main, "--help").out))
-    for source in (*(ROOT / "scripts").glob("*.py"), *(ROOT / "eval").glob("*.py")):
-        known |= {f"--{flag}" for flag in re.findall(r'(?:flag|spellings)\("([a-z0-9_]+)"', source.read_text())}
+    for folder in ("minivlm", "eval", "scripts"):
+        for source in (ROOT / folder).rglob("*.py"):
+            defined = re.findall(r'(?:flag|spellings)\(\s*"([a-z0-9_]+)"', source.read_text(encoding="utf-8"))
+            known |= {f"--{flag}" for flag in defined}
     named = re.findall(r"--[a-z][a-z0-9_]*[a-z0-9](?![\w*])", document.read_text(encoding="utf-8"))  # not `--text_*`
     assert set(named) <= known
 
 
-def test_policies_and_their_flags():
+def test_policies():
     table = README[README.index("## KV policies") : README.index("## Measuring")]
     assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(REGISTRY)
 
 
 def test_what_the_bundled_checkpoint_holds():
-    """Small enough to be committed and to be package data, in the ordinary layout, with a model card."""
+    """It is small enough for the repository and for the package, has the usual layout, and a model card."""
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 15e6
     assert json.loads((DEMO / "config.json").read_text())["model_type"] == "llava_next"
     with safe_open(DEMO / "model.safetensors", "pt") as tensors:
@@ -172,5 +195,5 @@ def test_what_the_bundled_checkpoint_holds():
     assert sorted(page["image"] for page in listed) == sorted(path.name for path in (DEMO / "pages").glob("*.png"))
 
 
-def test_the_evaluators_tasks_are_those_named():
+def test_the_tasks_named_exist():
     assert set(re.findall(r"--tasks (\w+)", README)) <= {*TASKS, *GROUPS}

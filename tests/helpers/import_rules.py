@@ -65,7 +65,9 @@ class Source:
 
     @cached_property
     def imports(self) -> list[Import]:
-        return [imported for module, tree in self.trees.items() for imported in self._imports_of(module, tree)]
+        """Every import of every module; one that takes several names from the same module is listed once."""
+        imports = (each for module, tree in self.trees.items() for each in self._imports_of(module, tree))
+        return list(dict.fromkeys(imports))
 
     def _imports_of(self, module: str, tree: ast.Module) -> Iterator[Import]:
         for node in ast.walk(tree):
