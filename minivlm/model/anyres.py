@@ -1,8 +1,12 @@
-"""LLaVA-NeXT geometry: which resolution, how many tiles, what unpadding leaves, how many tokens.
+"""LLaVA-NeXT's "anyres" geometry: which resolution an image gets, its tiles, its unpadding, its number of tokens.
 
-Pure functions of integers.  The image processor and the model's packing both count through
-`image_tokens`, so the two can never differ.  All sizes are (height, width).  Reference behaviour:
-transformers' LlavaNext image processor and `unpad_image`.
+LLaVA-NeXT sees an image several times: once squashed to one tile (the base view), and once cut into a grid of tiles at
+the best of a few resolutions (the pinpoints), into which the image is fitted with padding on two sides. Tokens that see
+only padding are removed again, and each line of tokens ends in a newline token.
+
+Everything here is a pure function of integers. The image processor and the model both count tokens with
+`image_tokens`, so that they cannot differ. All sizes are (height, width). The reference is transformers' LlavaNext
+image processor and its `unpad_image`.
 """
 
 from __future__ import annotations
@@ -12,22 +16,24 @@ from collections.abc import Sequence
 
 from minivlm.model.config import VLMConfig
 
-Size = tuple[int, int]
+Size = tuple[int, int]  # (height, width)
 
 
 def best_resolution(image: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps most of the image's own pixels, then the one that wastes fewest of its own."""
+    """The pinpoint that keeps most of the image's pixels; among equals, the one that wastes fewest of its own."""
 
     def fit(pinpoint: Size) -> tuple[int, int]:
         scale = min(pinpoint[1] / image[1], pinpoint[0] / image[0])
+        # Scaling an image up adds no information, so its own number of pixels is the most that counts.
         effective = min(int(image[1] * scale) * int(image[0] * scale), image[0] * image[1])
-        return effective, effective - pinpoint[0] * pinpoint[1]  # the second is minus the waste
+        waste = pinpoint[0] * pinpoint[1] - effective
+        return effective, -waste
 
-    return max(pinpoints, key=fit)  # the first of equals, as the reference
+    return max(pinpoints, key=fit)  # the first of several equals, as in the reference
 
 
 def fitted_size(image: Size, target: Size) -> Size:
-    """The image scaled to fit inside `target`, in pixels; what is missing is padding."""
+    """The size of the image scaled to fit inside `target`, in pixels; the rest of `target` is padding."""
     scale_h, scale_w = target[0] / image[0], target[1] / image[1]
     if scale_w < scale_h:
         return min(math.ceil(image[0] * scale_w), target[0]), target[1]
@@ -35,40 +41,42 @@ def fitted_size(image: Size, target: Size) -> Size:
 
 
 def padding_before(fitted: Size, target: Size) -> Size:
-    """Zero pixels above and left of the fitted image; an odd pixel goes below / right."""
+    """Pixels of padding above and to the left of the fitted image; an odd pixel goes below or to the right."""
     return (target[0] - fitted[0]) // 2, (target[1] - fitted[1]) // 2
 
 
 def tile_grid(image: Size, config: VLMConfig) -> Size:
-    """Rows and columns of tiles that cover the image at its best resolution (the base view not counted)."""
+    """Height and width, in tiles, of the grid that covers the image at its best resolution; without the base view."""
     height, width = best_resolution(image, config.image_grid_pinpoints)
     return height // config.vision.image_size, width // config.vision.image_size
 
 
 def num_tiles(image: Size, config: VLMConfig) -> int:
-    """Tiles of one image, the base view included."""
-    rows, cols = tile_grid(image, config)
-    return 1 + rows * cols
+    """Number of tiles of one image, including the base view."""
+    grid_h, grid_w = tile_grid(image, config)
+    return 1 + grid_h * grid_w
 
 
 def unpadded_box(image: Size, grid: Size) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) in tokens: what is left of a token grid once the padding is cut off.
+    """(top, bottom, left, right) of what remains of a grid of tokens when the padding is cut off; in tokens.
 
-    The rounding to 7 places is the reference's; without it, sizes such as (2, 2000) miscount.
+    `grid` is the size of the grid in tokens. `bottom` and `right` lie just outside of what remains.
     """
-    rows, cols = grid
-    if image[1] / image[0] > cols / rows:
-        pad = (rows - int(round(image[0] * (cols / image[1]), 7))) // 2
-        return pad, rows - pad, 0, cols
-    pad = (cols - int(round(image[1] * (rows / image[0]), 7))) // 2
-    return 0, rows, pad, cols - pad
+    grid_h, grid_w = grid
+    # The rounding to 7 places is the reference's. Without it, sizes such as (2, 2000) would be miscounted.
+    if image[1] / image[0] > grid_w / grid_h:
+        pad = (grid_h - int(round(image[0] * (grid_w / image[1]), 7))) // 2
+        return pad, grid_h - pad, 0, grid_w
+    pad = (grid_w - int(round(image[1] * (grid_h / image[0]), 7))) // 2
+    return 0, grid_h, pad, grid_w - pad
 
 
 def image_tokens(image: Size, config: VLMConfig) -> int:
-    """How many tokens an image of (height, width) pixels takes in the prompt; LLaVA-1.5 always takes the same."""
+    """How many tokens an image of (height, width) pixels takes in the prompt; in LLaVA-1.5, always the same number."""
     side = config.vision.grid
     if not config.is_next:
-        return side * side + (config.select_strategy == "full")
-    rows, cols = tile_grid(image, config)
-    top, bottom, left, right = unpadded_box(image, (rows * side, cols * side))
-    return side * side + (bottom - top) * (right - left) + (bottom - top)  # base view, tiles, a newline a row
+        return side * side + (config.select_strategy == "full")  # "full" keeps the class token
+    grid_h, grid_w = tile_grid(image, config)
+    top, bottom, left, right = unpadded_box(image, (grid_h * side, grid_w * side))
+    lines, columns = bottom - top, right - left
+    return side * side + lines * columns + lines  # base view, tiles, and a newline for each line

@@ -1,7 +1,7 @@
-"""The CLIP vision transformer (Radford et al. 2021, arXiv 2103.00020), up to the layers LLaVA reads.
+"""The CLIP vision transformer (Radford et al. 2021, arXiv 2103.00020), up to the last layer that LLaVA reads.
 
-Module names are those of Hugging Face checkpoints (`pre_layrnorm` is their spelling).  Layers behind
-the last feature layer and `post_layernorm` are in every checkpoint and never used: they are not built.
+Modules are named as in Hugging Face checkpoints (`pre_layrnorm` is their spelling). Checkpoints also contain the layers
+after the last feature layer and `post_layernorm`; LLaVA never uses these, so they are not built.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from minivlm.model.config import VisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU, with which CLIP was trained."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class Embeddings(nn.Module):
-    """Non-overlapping patches plus a class token, with learned positions."""
+    """Non-overlapping patches and a class token, with learned positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -27,9 +28,10 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.grid**2 + 1, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [tiles, grid², C]
+        patches = self.patch_embedding(pixels)  # [tiles, C, grid, grid]
+        patches = patches.flatten(2).transpose(1, 2)  # [tiles, grid², C]
         cls = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat((cls, patches), dim=1) + self.position_embedding.weight
+        return torch.cat((cls, patches), dim=1) + self.position_embedding.weight  # [tiles, 1 + grid², C]
 
 
 class SelfAttention(nn.Module):
@@ -42,10 +44,15 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q = self._split(self.q_proj(x))
+        k = self._split(self.k_proj(x))
+        v = self._split(self.v_proj(x))
+        out = F.scaled_dot_product_attention(q, k, v)  # [tiles, H, S, D]; patches see each other, there is no mask
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[tiles, S, C] -> [tiles, H, S, D]"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -73,7 +80,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Holds the layers under the checkpoint's name; `ClipVision` runs them."""
+    """Holds the layers under the name they have in checkpoints; `ClipVision` runs them."""
 
     def __init__(self, config: VisionConfig, num_layers: int) -> None:
         super().__init__()
@@ -81,9 +88,10 @@ class Encoder(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """Tiles [tiles, 3, image_size, image_size] -> hidden states of the feature layers.
+    """The vision tower: tiles in, hidden states of the feature layers out.
 
-    `feature_layers` index [embeddings, layer 1, ..., layer n]; several are concatenated along the channels.
+    `feature_layers` are indices into [embeddings, layer 1, ..., layer n]. If there are several, their states are
+    concatenated along the channels.
     """
 
     def __init__(self, config: VisionConfig, feature_layers: tuple[int, ...]) -> None:
@@ -94,8 +102,8 @@ class ClipVision(nn.Module):
         self.encoder = Encoder(config, max(feature_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Returns [tiles, 1 + grid², C · len(feature_layers)], the class token first."""
-        states = [self.pre_layrnorm(self.embeddings(pixels))]
+        """[tiles, 3, image_size, image_size] -> [tiles, 1 + grid², C · len(feature_layers)], the class token first."""
+        states = [self.pre_layrnorm(self.embeddings(pixels))]  # each [tiles, 1 + grid², C]
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))
         return torch.cat([states[i] for i in self.feature_layers], dim=-1)

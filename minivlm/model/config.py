@@ -1,31 +1,47 @@
 """What a checkpoint's `config.json` says, as frozen dataclasses.
 
-Hub configs are sparse: a missing field takes the default of its `model_type` in transformers, and
-both generations of names are read (`rope_theta` / `rope_parameters`, `torch_dtype` / `dtype`,
-`image_token_index` / `image_token_id`).  What this library does not implement is refused by name
-rather than ignored.
+Configs on the hub are sparse: a missing field has the default that transformers gives it for the `model_type`. Both
+generations of field names are read (`rope_theta` / `rope_parameters`, `torch_dtype` / `dtype`, `image_token_index` /
+`image_token_id`). A setting that this library does not implement is refused by name, never ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minivlm.errors import UserError
 
 # Defaults of transformers' LlamaConfig and MistralConfig where they differ from each other.
-_TEXT_DEFAULTS = {
-    "llama": dict(intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048, sliding_window=None),
+_TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": dict(
+        intermediate_size=11008,
+        num_key_value_heads=None,  # as many as attention heads
+        max_position_embeddings=2048,
+        sliding_window=None,
+    ),
     "mistral": dict(
-        intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        sliding_window=4096,
     ),
 }
+# What the decoder implements, of settings for which the architecture knows other values.
+_TEXT_IMPLEMENTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
 _NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A LLaMA-architecture decoder."""
+    """A decoder of LLaMA's architecture."""
 
     model_type: str
     vocab_size: int
@@ -37,42 +53,25 @@ class TextConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    context_length: int  # positions the model may see: the smaller of its table and its sliding window
+    context_length: int  # tokens the model may see: the smaller of its position table and its sliding window
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> TextConfig:
-        """Read `text_config`; raises `UserError` for a field that is malformed or not supported."""
+        """Read `text_config`. Raises `UserError` for a field that is malformed or not supported."""
         model_type = raw.get("model_type", "llama")
         if model_type not in _TEXT_DEFAULTS:
             raise UserError(
                 f"config.json: text_config.model_type {model_type!r} is not supported (expected llama or mistral)"
             )
         raw = {**_TEXT_DEFAULTS[model_type], **raw}
-        for key, wanted in (
-            ("hidden_act", "silu"),
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("tie_word_embeddings", False),
-        ):
-            _only(raw, key, wanted, "text_config.")
-        hidden = _positive(raw, "hidden_size", 4096)
-        heads = _positive(raw, "num_attention_heads", 32)
-        kv_heads = heads if raw["num_key_value_heads"] is None else _positive(raw, "num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise UserError(f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads")
-        if raw.get("head_dim") is None and hidden % heads:
-            raise UserError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        head_dim = hidden // heads if raw.get("head_dim") is None else _positive(raw, "head_dim", 0)
-        if head_dim % 2:
-            raise UserError(f"config.json: head_dim {head_dim} is odd, rotary embeddings need an even one")
-        context = _positive(raw, "max_position_embeddings", 0)
-        if raw["sliding_window"] is not None:
-            # Within the window a sliding window changes nothing; past it this library does not go.
-            context = min(context, _positive(raw, "sliding_window", 0))
+        for key, implemented in _TEXT_IMPLEMENTED.items():
+            _only(raw, key, implemented, "text_config.")
+        hidden_size = _positive(raw, "hidden_size", 4096)
+        heads, kv_heads, head_dim = _heads(raw, hidden_size)
         return cls(
             model_type=model_type,
             vocab_size=_positive(raw, "vocab_size", 32000),
-            hidden_size=hidden,
+            hidden_size=hidden_size,
             intermediate_size=_positive(raw, "intermediate_size", 0),
             num_hidden_layers=_positive(raw, "num_hidden_layers", 32),
             num_attention_heads=heads,
@@ -80,7 +79,7 @@ class TextConfig:
             head_dim=head_dim,
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(raw),
-            context_length=context,
+            context_length=_context_length(raw),
         )
 
 
@@ -92,10 +91,10 @@ class VisionConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    image_size: int
-    patch_size: int
+    image_size: int  # side of a tile in pixels
+    patch_size: int  # side of a patch in pixels
     layer_norm_eps: float
-    hidden_act: str
+    hidden_act: str  # "quick_gelu" or "gelu"
 
     @property
     def grid(self) -> int:
@@ -104,7 +103,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> VisionConfig:
-        """Read `vision_config`; raises `UserError` for a field that is malformed or not supported."""
+        """Read `vision_config`. Raises `UserError` for a field that is malformed or not supported."""
         model_type = raw.get("model_type", "clip_vision_model")
         if model_type != "clip_vision_model":
             raise UserError(
@@ -140,14 +139,14 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """A whole LLaVA checkpoint: tower, projector, decoder, and how an image becomes tokens."""
+    """A whole LLaVA checkpoint: vision tower, projector, decoder, and how an image becomes tokens."""
 
     model_type: str  # "llava" (LLaVA-1.5) or "llava_next"
     text: TextConfig
     vision: VisionConfig
-    image_token_index: int
+    image_token_index: int  # the token id that stands for an image in a prompt
     vision_feature_layers: tuple[int, ...]  # indices into [embeddings, layer 1, ..., layer n], all >= 0
-    select_strategy: str  # "default" drops the CLS token, "full" keeps it
+    select_strategy: str  # "default" drops the class token, "full" keeps it
     projector_bias: bool
     image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels; empty for LLaVA-1.5
     eos_token_ids: tuple[int, ...]
@@ -161,7 +160,7 @@ class VLMConfig:
     def from_dict(cls, raw: Mapping, generation: Mapping | None = None) -> VLMConfig:
         """Read a `config.json` and, if there is one, the `generation_config.json` beside it.
 
-        Raises `UserError` naming the field that is missing, malformed or not supported.
+        Raises `UserError`, naming the field, for one that is missing, malformed or not supported.
         """
         model_type = raw.get("model_type")
         if model_type not in ("llava", "llava_next"):
@@ -173,27 +172,13 @@ class VLMConfig:
         _only(raw, "tie_word_embeddings", False, "")
         text = TextConfig.from_dict(raw["text_config"])
         vision = VisionConfig.from_dict(raw["vision_config"])
-        image_token = raw.get("image_token_index", raw.get("image_token_id", 32000))
-        if not isinstance(image_token, int) or not 0 <= image_token < text.vocab_size:
-            raise UserError(
-                f"config.json: image_token_index {image_token!r} is not a token id below vocab_size {text.vocab_size}"
-            )
-        strategy = raw.get("vision_feature_select_strategy", "default")
-        if strategy not in ("default", "full"):
-            raise UserError(
-                f"config.json: vision_feature_select_strategy {strategy!r} is not supported (expected default or full)"
-            )
-        if strategy == "full" and model_type == "llava_next":
-            raise UserError(
-                "config.json: vision_feature_select_strategy 'full' has no meaning for llava_next (expected default)"
-            )
         return cls(
             model_type=model_type,
             text=text,
             vision=vision,
-            image_token_index=image_token,
+            image_token_index=_image_token(raw, text.vocab_size),
             vision_feature_layers=_feature_layers(raw.get("vision_feature_layer", -2), vision.num_hidden_layers),
-            select_strategy=strategy,
+            select_strategy=_select_strategy(raw, model_type),
             projector_bias=bool(raw.get("multimodal_projector_bias", True)),
             image_grid_pinpoints=_pinpoints(raw, vision.image_size) if model_type == "llava_next" else (),
             eos_token_ids=_eos(raw, generation or {}),
@@ -201,9 +186,13 @@ class VLMConfig:
         )
 
 
-def _only(raw: Mapping, key: str, wanted: object, where: str) -> None:
-    if raw.get(key, wanted) != wanted:
-        raise UserError(f"config.json: {where}{key} {raw[key]!r} is not supported (expected {wanted!r})")
+# Readers of values of any field
+
+
+def _only(raw: Mapping, key: str, implemented: object, section: str) -> None:
+    """Refuse a field that has another value than the one this library implements."""
+    if raw.get(key, implemented) != implemented:
+        raise UserError(f"config.json: {section}{key} {raw[key]!r} is not supported (expected {implemented!r})")
 
 
 def _positive(raw: Mapping, key: str, default: int) -> int:
@@ -220,20 +209,70 @@ def _number(raw: Mapping, key: str, default: float) -> float:
     return float(value)
 
 
+# Readers of single fields
+
+
+def _heads(raw: Mapping, hidden_size: int) -> tuple[int, int, int]:
+    """(attention heads, key/value heads, head_dim), checked against each other."""
+    heads = _positive(raw, "num_attention_heads", 32)
+    kv_heads = heads if raw["num_key_value_heads"] is None else _positive(raw, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads")
+    if raw.get("head_dim") is not None:
+        head_dim = _positive(raw, "head_dim", 0)
+    elif hidden_size % heads:
+        raise UserError(f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+    else:
+        head_dim = hidden_size // heads
+    if head_dim % 2:
+        raise UserError(f"config.json: head_dim {head_dim} is odd, rotary embeddings need an even one")
+    return heads, kv_heads, head_dim
+
+
+def _context_length(raw: Mapping) -> int:
+    length = _positive(raw, "max_position_embeddings", 0)
+    if raw["sliding_window"] is None:
+        return length
+    # Within the window, a sliding window changes nothing. Past it, entries would have to be dropped from the cache, so
+    # the window is where the context ends here.
+    return min(length, _positive(raw, "sliding_window", 0))
+
+
 def _rope_theta(raw: Mapping) -> float:
     """transformers 5 nests theta in `rope_parameters`; older files have `rope_theta` and `rope_scaling`."""
     nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = nested.get("rope_type", nested.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"config.json: rope type {kind!r} is not supported (expected default)")
+    rope_type = nested.get("rope_type", nested.get("type", "default"))
+    if rope_type != "default":
+        raise UserError(f"config.json: rope type {rope_type!r} is not supported (expected default)")
     return _number({"rope_theta": nested.get("rope_theta", raw.get("rope_theta", 10000.0))}, "rope_theta", 0.0)
 
 
-def _feature_layers(value: object, num_layers: int) -> tuple[int, ...]:
-    layers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if not layers or not all(isinstance(i, int) and -num_layers - 1 <= i <= num_layers for i in layers):
+def _image_token(raw: Mapping, vocab_size: int) -> int:
+    token = raw.get("image_token_index", raw.get("image_token_id", 32000))
+    if not isinstance(token, int) or not 0 <= token < vocab_size:
+        raise UserError(f"config.json: image_token_index {token!r} is not a token id below vocab_size {vocab_size}")
+    return token
+
+
+def _select_strategy(raw: Mapping, model_type: str) -> str:
+    strategy = raw.get("vision_feature_select_strategy", "default")
+    if strategy not in ("default", "full"):
+        raise UserError(
+            f"config.json: vision_feature_select_strategy {strategy!r} is not supported (expected default or full)"
+        )
+    if strategy == "full" and model_type == "llava_next":
+        raise UserError(
+            "config.json: vision_feature_select_strategy 'full' has no meaning for llava_next (expected default)"
+        )
+    return strategy
+
+
+def _feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
+    """One index or several, negative ones counted from the end, -> indices that are all >= 0."""
+    indices = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not indices or not all(isinstance(i, int) and -num_layers - 1 <= i <= num_layers for i in indices):
         raise UserError(f"config.json: vision_feature_layer {value!r} does not index the tower's {num_layers} layers")
-    return tuple(i if i >= 0 else num_layers + 1 + i for i in layers)
+    return tuple(i if i >= 0 else num_layers + 1 + i for i in indices)
 
 
 def _pinpoints(raw: Mapping, tile: int) -> tuple[tuple[int, int], ...]:
@@ -250,17 +289,20 @@ def _pinpoints(raw: Mapping, tile: int) -> tuple[tuple[int, int], ...]:
 
 
 def _eos(raw: Mapping, generation: Mapping) -> tuple[int, ...]:
-    """All end-of-sequence ids: the generation config's and the model's; either may be an int or a list."""
-    found: list[int] = []
-    for source in (generation, raw["text_config"], raw):
-        value = source.get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(found)) or (2,)
+    """All end-of-sequence ids of the generation config and of the model's; each may be an int or a list."""
+    ids: list[int] = []
+    for section in (generation, raw["text_config"], raw):
+        value = section.get("eos_token_id")
+        if isinstance(value, list):
+            ids += value
+        elif value is not None:
+            ids.append(value)
+    return tuple(dict.fromkeys(ids)) or (2,)  # 2 is transformers' default for LLaMA
 
 
 def _dtype(raw: Mapping) -> str:
     text = raw["text_config"]
     name = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float32"
-    if name not in ("float32", "bfloat16", "float16"):
+    if name not in _DTYPES:
         raise UserError(f"config.json: dtype {name!r} is not supported (expected float32, bfloat16 or float16)")
     return name

@@ -1,9 +1,13 @@
 """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Touvron et al. 2023 (arXiv 2302.13971); Mistral has the same architecture.  Module names are those of
-Hugging Face checkpoints, so loading is a rename of prefixes.  The decoder knows nothing of how keys
-and values are kept: each layer hands q, k, v to a cache (`Cache` below) and gets the attention
-output back; in prefill it asks once per layer which rows of the sequence go on.
+Touvron et al. 2023 (arXiv 2302.13971); Mistral has the same architecture. Modules are named as in Hugging Face
+checkpoints, so that loading one only renames prefixes.
+
+The decoder does not know how keys and values are kept. Each layer hands q, k, v to a cache (`Cache` below) and gets the
+attention output back. After each layer it asks the cache which tokens go on to the next one: in the prefill, a KV
+policy may drop some.
+
+Dimensions: B sequences, S tokens, C channels, H query heads, H_kv key/value heads, D channels per head.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ from minivlm.model.config import TextConfig
 class Cache(Protocol):
     """What the decoder asks of a KV cache."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store this step's k, v [B, H_kv, S, D] (rotated) and return the attention of q [B, H, S, D], same shape."""
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v [B, H_kv, S, D], k already rotated, and return the attention output of q [B, H, S, D]."""
 
-    def survivors(self, layer: int) -> Tensor | None:
-        """Row indices [B, S'] of the hidden states that go on after `layer`, ascending; None keeps all."""
+    def survivors(self, layer_idx: int) -> Tensor | None:
+        """Indices [B, S'] of the tokens that go on after this layer, ascending. None keeps all S."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, then scaled."""
+    """x / rms(x), computed in float32, cast back and then scaled by a learned weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -36,23 +40,27 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.float()  # squares overflow in float16 and lose precision in bfloat16
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 def rope_table(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, S, D/2] for integer positions [B, S]; angles in float32, the result in `dtype`."""
+    """cos and sin [B, 1, S, D/2] of the rotary angles of integer positions [B, S].
+
+    Angles are computed in float32, because bfloat16 cannot tell large positions apart; the result is in `dtype`.
+    """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)  # [B, 1, S, D/2]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding in the half-split form: dimension i is paired with i + D/2 (Hugging Face's layout)."""
+    """Rotary embedding of x [B, H, S, D], in Hugging Face's layout, which pairs dimension i with i + D/2."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    # Ending in cat, the result is stored; else inductor would rotate the query again for every key it meets.
+    # A cat makes inductor store its result. Without one it would fuse the rotation into the attention and rotate the
+    # query again for every key.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -60,14 +68,15 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, S, D], keys and values [B, H_kv, S, D] of x [B, S, C], rotated."""
+        """Queries [B, H, S, D], keys and values [B, H_kv, S, D] of x [B, S, C]; queries and keys are rotated."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, S, D]
@@ -76,7 +85,7 @@ class Attention(nn.Module):
         return rotate(q, rope), rotate(k, rope), v
 
     def merge(self, out: Tensor) -> Tensor:
-        """The attention's output [B, H, S, D] -> [B, S, C]."""
+        """The output projection of all heads together: [B, H, S, D] -> [B, S, C]."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -92,30 +101,34 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig, layer_idx: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer_idx = layer_idx
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        return self.after(hidden, cache.attend(self.layer, *self.before(hidden, rope)))
+        # In one expression, so that no local name keeps q, k and v alive while the MLP runs, when memory peaks.
+        return self.after(hidden, cache.attend(self.layer_idx, *self.before(hidden, rope)))
+
+    # The parts before and after attention are methods of their own because they can be compiled by themselves. The
+    # attention between them belongs to the cache, whose prefill stays eager.
 
     def before(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before attention: q, k, v."""
+        """The part before attention: q, k, v of the hidden states [B, S, C]."""
         return self.self_attn.project(self.input_layernorm(hidden), rope)
 
     def after(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """What comes behind it: both residual sums."""
+        """The part after attention: the residual sums with the attention output [B, H, S, D] and with the MLP."""
         hidden = hidden + self.self_attn.merge(out)
-        del out  # as large as the hidden states, and the MLP's are larger still
+        del out  # as large as the hidden states, and the MLP needs the memory
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Llama(nn.Module):
-    """Token embeddings, decoder layers and the final norm; the language-model head lives with the caller."""
+    """Token embeddings, decoder layers and the final norm. The language-model head belongs to `Llava`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -127,14 +140,15 @@ class Llama(nn.Module):
     def forward(self, hidden: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Embeddings [B, S, C] at original positions [B, S] -> normed hidden states [B, S', C].
 
-        S' < S when the cache's prompt filter dropped rows on the way.
+        S' < S if the cache dropped tokens on the way.
         """
         rope = rope_table(positions, self.config, hidden.dtype)
-        for i, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(self.layers):
             hidden = layer(hidden, rope, cache)
-            rows = cache.survivors(i)
-            if rows is not None:
-                hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-                positions = positions.gather(1, rows)
+            survivors = cache.survivors(layer_idx)  # [B, S'] or None
+            if survivors is not None:
+                hidden = hidden.gather(1, survivors[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, S', C]
+                # The survivors keep their original positions, so their rotary angles do not change.
+                positions = positions.gather(1, survivors)
                 rope = rope_table(positions, self.config, hidden.dtype)
         return self.norm(hidden)

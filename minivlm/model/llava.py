@@ -1,8 +1,8 @@
 """LLaVA-1.5 and LLaVA-NeXT: image features, their packing, and the merge into the prompt.
 
-Liu et al. 2023 (arXiv 2310.03744) and the LLaVA-NeXT blog of January 2024; the numbers follow
-transformers' `LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`.  Submodule names
-are the checkpoint's, less the prefixes in which the three key layouts differ.
+Liu et al. 2023 (arXiv 2310.03744) and the LLaVA-NeXT blog post of January 2024. Results agree with transformers'
+`LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`. Submodules are named as in checkpoints, without
+the prefixes in which the three key layouts differ (see `weights/layout.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minivlm.model.llama import Cache, Llama
 
 
 class Projector(nn.Module):
-    """Vision channels -> decoder channels: linear, GELU (exact), linear."""
+    """From the vision tower's channels to the decoder's: linear, GELU (exact), linear."""
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Projector(nn.Module):
 
 
 class Llava(nn.Module):
-    """Tower, projector and decoder of one checkpoint."""
+    """Vision tower, projector and decoder of one checkpoint."""
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
@@ -47,53 +47,65 @@ class Llava(nn.Module):
             self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size))
 
     def image_features(self, pixel_values: Tensor, image_sizes: Sequence[anyres.Size] | None = None) -> list[Tensor]:
-        """One [N_i, C] tensor of decoder inputs per image, in prompt order.
+        """The decoder inputs [N_i, C] of each image, in prompt order.
 
-        LLaVA-1.5: pixel_values [I, 3, s, s].  LLaVA-NeXT: [I, tiles, 3, s, s], the base view first and
-        zero tiles behind an image that has fewer, with image_sizes the original (height, width) of each.
+        LLaVA-1.5 takes pixel_values [I, 3, s, s]. LLaVA-NeXT takes [I, tiles, 3, s, s], the base view first and zero
+        tiles at the end of images that have fewer, and the original (height, width) of each image in pixels. Raises
+        `UserError` if there are fewer tiles than the image sizes ask for.
         """
         if not self.config.is_next:
             return list(self._project(pixel_values))
-        counts = [anyres.num_tiles(size, self.config) for size in image_sizes]
+        sizes = list(image_sizes or ())
+        counts = [anyres.num_tiles(size, self.config) for size in sizes]
         if pixel_values.shape[1] < max(counts):
-            raise UserError(
-                f"pixel_values hold {pixel_values.shape[1]} tiles, image_sizes {list(image_sizes)} ask for {counts}"
-            )
-        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts)])
+            raise UserError(f"pixel_values hold {pixel_values.shape[1]} tiles, image_sizes {sizes} ask for {counts}")
+        # The tower sees the tiles of all images at once, without the zero tiles.
+        tiles = torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
         features = self._project(tiles).split(counts)
-        return [self._pack(tiles, size) for tiles, size in zip(features, image_sizes)]
+        return [self._pack(image_tiles, size) for image_tiles, size in zip(features, sizes, strict=True)]
 
     def _project(self, tiles: Tensor) -> Tensor:
-        """[tiles, 3, s, s] -> [tiles, grid² (+ 1 for the CLS token if selected), C]."""
+        """[tiles, 3, s, s] -> [tiles, grid², C], or 1 + grid² if the checkpoint selects the class token too."""
         features = self.vision_tower(tiles.to(self.lm_head.weight.dtype))
         if self.config.select_strategy == "default":
-            features = features[:, 1:]
+            features = features[:, 1:]  # without the class token
         return self.multi_modal_projector(features)
 
     def _pack(self, tiles: Tensor, image_size: anyres.Size) -> Tensor:
-        """Base view, then the tiles as one unpadded picture whose rows each end in a newline: [N, C]."""
+        """The features [tiles, grid², C] of one image -> its decoder inputs [N, C].
+
+        The base view comes first, then the other tiles as one picture: without its padding, line by line, with a
+        newline at the end of each line.
+        """
         side, channels = self.config.vision.grid, tiles.shape[-1]
-        rows, cols = anyres.tile_grid(image_size, self.config)
-        top, bottom, left, right = anyres.unpadded_box(image_size, (rows * side, cols * side))
-        picture = tiles[1:].view(rows, cols, side, side, channels).transpose(1, 2)  # [rows, side, cols, side, C]
-        picture = picture.reshape(rows * side, cols * side, channels)[top:bottom, left:right]
+        grid_h, grid_w = anyres.tile_grid(image_size, self.config)
+        picture = tiles[1:].view(grid_h, grid_w, side, side, channels)
+        picture = picture.transpose(1, 2)  # [grid_h, side, grid_w, side, C]
+        picture = picture.reshape(grid_h * side, grid_w * side, channels)
+        top, bottom, left, right = anyres.unpadded_box(image_size, (grid_h * side, grid_w * side))
+        picture = picture[top:bottom, left:right]
         newline = self.image_newline.expand(bottom - top, 1, channels)
-        return torch.cat((tiles[0], torch.cat((picture, newline), dim=1).flatten(0, 1)))
+        lines = torch.cat((picture, newline), dim=1)  # [lines, columns + 1, C]
+        return torch.cat((tiles[0], lines.flatten(0, 1)))
 
     def embed(self, input_ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
-        """Token embeddings [B, S, C] with the image tokens of the batch, in order, replaced by `features`.
+        """Embeddings [B, S, C] of input_ids [B, S], in which `features` [N_i, C] replace the image tokens.
 
-        Raises `UserError` when there are not as many image tokens as feature rows.
+        The features are those of all images of the batch, in order. Raises `UserError` if their number is not that of
+        the image tokens.
         """
         embeds = self.language_model.embed_tokens(input_ids)
-        is_vision = input_ids == self.config.image_token_index
-        rows = sum(len(f) for f in features)
-        if int(is_vision.sum()) != rows:
-            raise UserError(f"the prompt has {int(is_vision.sum())} image tokens, the images make {rows}")
+        is_vision = input_ids == self.config.image_token_index  # [B, S]
+        expected = sum(len(image_features) for image_features in features)
+        if int(is_vision.sum()) != expected:
+            raise UserError(f"the prompt has {int(is_vision.sum())} image tokens, the images make {expected}")
         if features:
             embeds = embeds.masked_scatter(is_vision[..., None], torch.cat(list(features)).to(embeds.dtype))
         return embeds
 
     def forward(self, embeds: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Decoder hidden states [B, S', C] of embeddings [B, S, C] at `positions` [B, S]; logits are `lm_head` of a row."""
+        """Embeddings [B, S, C] at positions [B, S] -> hidden states [B, S', C].
+
+        `lm_head` is left to the caller, who usually needs the logits of the last token only.
+        """
         return self.language_model(embeds, positions, cache)

@@ -221,5 +221,5 @@ class DemoTrainer(nn.Module):
         x = layer.input_layernorm(hidden)
         split = lambda y: y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2)
         q = rotate(split(a.q_proj(x[:, -length:])), tuple(r[:, :, -length:] for r in rope))
-        out = attention.attend(layer.layer, q, rotate(split(a.k_proj(x)), rope), split(a.v_proj(x)))
+        out = attention.attend(layer.layer_idx, q, rotate(split(a.k_proj(x)), rope), split(a.v_proj(x)))
         return layer.after(hidden[:, -length:], out)
