@@ -1,13 +1,27 @@
-"""Writing result files so that a failure never leaves half of one behind."""
+"""Small files: reading JSON from outside, and writing results so that a failure never leaves half of one behind."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from minivlm.errors import UserError
+
+
+def read_json_object(path: Path) -> dict:
+    """The object in a JSON file, or an empty one if there is no such file. Raises `UserError` for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets nested too deeply
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__} (expected an object)")
+    return content
 
 
 def expect_writable(path: Path) -> None:

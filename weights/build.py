@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from minivlm.errors import UserError
+from minivlm.files import read_json_object
 from minivlm.generation.compile import missing_compiler
 from minivlm.generation.vlm import VLM
 from minivlm.inputs.processor import Processor
-from minivlm.inputs.tokenizer import read_json
 from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
 from weights.find import find_checkpoint
@@ -94,7 +94,7 @@ def read_config(folder: Path) -> VLMConfig:
     """The `config.json` of a folder, with the `generation_config.json` beside it if there is one."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json (expected a checkpoint folder in Hugging Face layout)")
-    return VLMConfig.from_dict(read_json(folder / "config.json"), read_json(folder / "generation_config.json"))
+    return VLMConfig.from_dict(read_json_object(folder / "config.json"), read_json_object(folder / "generation_config.json"))
 
 
 def _device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.inputs.tokenizer import read_json
+from minivlm.files import read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,7 +47,7 @@ def shard_names(index: Path) -> dict[str, str]:
     Raises `UserError` where a shard is not a plain file name: an index that names `../x` or an absolute
     path would make the loader read, or the hub client fetch, what does not belong to the checkpoint.
     """
-    names = read_json(index).get("weight_map")
+    names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: no weight_map (expected an object of tensor name: file name)")
     for name, file in names.items():

@@ -1,1 +1,1 @@
-"""What a user gives, made into what the network takes: images, chat templates, tokenizers, the processor."""
+"""From what a user gives to what the network takes: images, chat templates, tokenizers, the processor."""

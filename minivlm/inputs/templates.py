@@ -1,13 +1,16 @@
-"""Chat templates: messages -> prompt text, rendered in a sandbox because a template is untrusted input.
+"""Chat templates turn messages into the text of a prompt.
 
-A checkpoint's own template (Jinja, as Hugging Face writes them) wins; the built-in ones below serve
-checkpoints that have none.  The helpers a template may use are those of transformers'
-`apply_chat_template`: `raise_exception`, `strftime_now`, `tojson`, loop controls, and the
-`generation` tag, which marks answers for training and renders as its body.
+A template is Jinja source, as Hugging Face writes it. A checkpoint's own template is used if it has one, and one of the
+built-in templates below if not. Templates may use the helpers of transformers' `apply_chat_template`:
+`raise_exception`, `strftime_now`, `tojson`, loop controls, and the `generation` tag, which marks answers for training
+and renders as its body.
 
-Templates disagree on what `message.content` is: a list of parts (`{"type": "image"}`,
-`{"type": "text", "text": ...}`), which the processors' templates expect, or a string, which templates
-of text-only models expect.  Each template is tried once with an image to see which one it is.
+A template comes with a checkpoint from the internet, so it is not trusted. It is rendered in a sandbox that cannot
+reach Python's internals and that limits the number of steps, the length of the text and the size of products.
+
+Templates disagree on what `message.content` is. Those of processors expect a list of parts, `{"type": "image"}` and
+`{"type": "text", "text": ...}`; those of text-only models expect a string. Each template is tried once with an image to
+find out which one it expects.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from jinja2 import Undefined, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -58,14 +64,14 @@ BUILT_IN = {
     ),
 }
 _MAX_CHARACTERS = 1 << 20  # of rendered text
-_MAX_STEPS = 100_000  # passes through loop bodies and macros, in one rendering
+_MAX_STEPS = 100_000  # passes through bodies of loops and macros in one rendering
 
 
 def built_in(config: VLMConfig, vocabulary: Mapping[str, int]) -> str:
-    """The name of the built-in template for a checkpoint without one.
+    """The name of the built-in template for a checkpoint without a template.
 
-    LLaVA-1.5 has one form.  LLaVA-NeXT goes by the decoder: Llama 3 and Yi-34B tokenizers own the special
-    tokens of their templates, Mistral says so in its model type, and Vicuna is what is left.
+    LLaVA-1.5 has one format. LLaVA-NeXT's depends on the decoder. Llama 3 and Yi-34B are known by the special tokens in
+    their vocabulary and Mistral by its model type; any other is Vicuna.
     """
     if not config.is_next:
         return "llava-1.5"
@@ -80,23 +86,29 @@ class ChatTemplate:
     """One compiled template."""
 
     def __init__(self, source: str, name: str, image_token: str, special_tokens: Mapping[str, str]) -> None:
-        """`name` is the file it came from, for messages; `special_tokens` (bos_token, ...) become variables.
+        """Compile a template. `name` says in messages where it comes from; `special_tokens` become its variables.
 
-        Raises `UserError` if the template does not compile or renders no image placeholder.
+        Raises `UserError` if the template does not compile or does not render an image placeholder.
         """
-        self._name, self._image_token, self._variables = name, image_token, dict(special_tokens)
+        self._name = name
+        self._image_token = image_token
+        self._variables = dict(special_tokens)
+        self._environment = _Sandbox()
         try:
-            environment = _Sandbox()
-            self._template = environment.from_string(_counted(environment.parse(source)))
-        except Exception as error:  # RecursionError and friends too: the source is untrusted
+            self._template = self._environment.from_string(_counted(source, self._environment))
+        except Exception as error:  # anything can happen here, a RecursionError for one: the source is not trusted
             raise self._failure(error) from None
         self._wants_parts = self._probe()
 
     def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
-        """Messages `{"role": ..., "content": str or list of parts}` -> prompt; raises `UserError`."""
+        """The prompt of messages `{"role": ..., "content": str or list of parts}`.
+
+        Raises `UserError` for a malformed message, and if the template fails.
+        """
         return self._render([_checked(message) for message in messages], self._wants_parts, add_generation_prompt)
 
     def _probe(self) -> bool:
+        """Whether the template expects a list of parts as content."""
         word = "minivlm"
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": word}]}
         for wants_parts in (True, False):
@@ -114,28 +126,30 @@ class ChatTemplate:
         if not wants_parts:
             messages = [{**message, "content": self._as_text(message["content"])} for message in messages]
         variables = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._variables)
-        pieces, length = [], 0
-        self._template.environment.steps_left = _MAX_STEPS
+        pieces: list[str] = []
+        length = 0
+        self._environment.steps_left = _MAX_STEPS
         try:
             for piece in self._template.generate(messages=messages, **variables):
                 pieces.append(piece)
                 length += len(piece)
                 if length > _MAX_CHARACTERS:
                     raise SecurityError(f"it renders more than {_MAX_CHARACTERS} characters")
-        except Exception as error:  # whatever the template makes its helpers raise
+        except Exception as error:  # a template can make its helpers raise anything
             raise self._failure(error) from None
         return "".join(pieces)
 
     def _as_text(self, parts: Sequence[Mapping]) -> str:
+        """Parts as the string that a text-only template expects."""
         return "".join(f"{self._image_token}\n" if part["type"] == "image" else part["text"] for part in parts)
 
     def _failure(self, error: Exception) -> UserError:
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        return UserError(f"{self._name}: the chat template fails: {told}")
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return UserError(f"{self._name}: the chat template fails: {reason}")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with the helpers of Hugging Face, a limited number of steps, and bounded products."""
+    """Jinja's sandbox with Hugging Face's helpers, a limited number of steps, and bounded products."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -146,15 +160,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals.update(raise_exception=_raise, strftime_now=_now, namespace=_Namespace, dict=_dict)
 
     def take_step(self) -> None:
+        """Called on every pass through the body of a loop or macro; see `_counted`."""
         self.steps_left -= 1
         if self.steps_left < 0:
             raise SecurityError(f"it takes more than {_MAX_STEPS} steps")
 
     def unsafe_undefined(self, obj: object, attribute: str) -> Undefined:
-        # Jinja's own renders as nothing and fails only when it is used: here the attempt is enough.
+        # In Jinja's own sandbox, an unsafe attribute renders as nothing and fails only when it is used. Here the
+        # attempt is refused.
         raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
 
-    def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        # `'a' * 10**10` and `9 ** 9 ** 9` are short to write and exhaust memory.
         if operator == "**":
             raise SecurityError("** is not allowed")
         for many, few in ((left, right), (right, left)):
@@ -164,15 +181,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _GenerationTag(Extension):
-    tags = {"generation"}
+    """`{% generation %}...{% endgeneration %}` renders its body."""
 
-    def parse(self, parser: object) -> nodes.Node:
+    tags = {"generation"}  # noqa: RUF012  (Jinja declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 class _Namespace(Namespace):
-    """`namespace()` without the underscore names through which Python's internals can be reached."""
+    """`namespace()` without underscore names, through which Python's internals could be reached."""
 
     def __init__(self, **attributes: object) -> None:
         super().__init__()
@@ -185,12 +204,20 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-def _counted(tree: nodes.Template) -> nodes.Template:
-    """Make every pass through a loop body or a macro take one of the steps a rendering has."""
-    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-        # An attribute of the environment, because a template can give any other name a new meaning.
+def _counted(source: str, environment: _Sandbox) -> nodes.Template:
+    """Parse a template and insert a call of `take_step` at the beginning of each body of a loop or macro."""
+    tree = environment.parse(source)
+    bodies: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+        *tree.find_all(nodes.For),
+        *tree.find_all(nodes.Macro),
+        *tree.find_all(nodes.CallBlock),
+    ]
+    for node in bodies:
+        # The call goes through an attribute of the environment, because a template can redefine any other name.
         call = nodes.Call(nodes.EnvironmentAttribute("take_step"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(call, lineno=node.lineno).set_environment(tree.environment))
+        statement = nodes.ExprStmt(call, lineno=node.lineno)
+        statement.set_environment(environment)
+        node.body.insert(0, statement)
     return tree
 
 
@@ -206,23 +233,29 @@ def _dict(*args: object, **kwargs: object) -> dict:
     return dict(*args, **kwargs)
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # Jinja's own escapes HTML.
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _checked(message: Mapping) -> dict:
-    """A plain copy of a message, its content a list of parts; nothing else reaches the template."""
+    """A plain copy of a message, with a list of parts as content. Nothing else reaches the template."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, (str, list)) or not isinstance(message.get("role"), str):
         raise UserError(f"a message needs a role and a content (text or a list of parts), got {message!r}")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     plain = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image":
+        part_type = part.get("type") if isinstance(part, Mapping) else None
+        if part_type == "image":
             plain.append({"type": "image"})
-        elif kind == "text" and isinstance(part.get("text"), str):
+        elif part_type == "text" and isinstance(part.get("text"), str):
             plain.append({"type": "text", "text": str(part["text"])})
         else:
             raise UserError(
