@@ -1,1 +1,1 @@
-"""What measures accuracy: data sets, metrics, the runner and its folders, reports, comparisons."""
+"""Measuring accuracy: data sets, tasks, metrics, the runner and its folders, reports and comparisons."""

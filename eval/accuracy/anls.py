@@ -1,10 +1,11 @@
 """ANLS, the metric of DocVQA and InfographicVQA (Biten et al., "Scene Text Visual Question Answering", ICCV 2019).
 
-A prediction scores 1 - d / l against one reference: d is the edit distance after stripping, lower-casing and
-collapsing white space, and l is the longer of the two lengths *before* that, so that stray white space costs nothing
-but still counts in the length. The best reference decides, and only then is anything below 0.5 set to 0: thresholding
-each reference first, or averaging over them, gives other numbers. That is the order of lmms-eval, whose figures these
-are meant to stand beside; as there, the lengths are those of the upper-cased strings (it matters for "ß" and "ﬁ").
+Against one reference, a prediction scores 1 - d / l. Here d is the edit distance after stripping, lower-casing and
+collapsing white space, and l is the longer of the two lengths *before* that: stray white space costs nothing but
+counts in the length. The best reference decides, and only then is a score below 0.5 set to 0. Applying the threshold
+to each reference first, or averaging over references, would give other numbers. This is the order of lmms-eval, with
+whose figures these should be comparable; as there, the lengths are those of the upper-cased strings, which matters for
+"ß" and "ﬁ".
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ THRESHOLD = 0.5
 
 
 def normalise(text: str) -> str:
-    """Stripped, lower-cased, every run of white space one space: what "equal" means for ANLS and exact match."""
+    """Strip, lower-case and collapse white space: ANLS and exact match compare strings after this."""
     return " ".join(text.lower().split())
 
 
 def levenshtein(a: str, b: str) -> int:
     """Edit distance (insertions, deletions, substitutions) between two strings.
 
-    Myers' bit-vector algorithm (J. ACM 46, 1999) in Hyyrö's form for the distance of whole strings: a column of the
-    dynamic programme is two bit sets, its steps of +1 and of -1, held in Python's unbounded integers. One pass over
-    the shorter string; two pages of text take milliseconds.
+    This is Myers' bit-vector algorithm (J. ACM 46, 1999) in Hyyrö's form for the distance of whole strings. A column
+    of the dynamic programme is stored as two bit sets, its steps of +1 and its steps of -1, in Python's unbounded
+    integers. The loop makes one pass over the shorter string, so two pages of text take milliseconds.
     """
     if len(a) < len(b):
         a, b = b, a
@@ -35,7 +36,8 @@ def levenshtein(a: str, b: str) -> int:
     for i, character in enumerate(a):
         occurs[character] = occurs.get(character, 0) | 1 << i
     every, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    up, down, distance = every, 0, len(a)  # vertical steps of +1 and of -1; the column's last value
+    up, down = every, 0  # vertical steps of +1 and of -1
+    distance = len(a)  # the column's last value
     for character in b:
         match = occurs.get(character, 0)
         diagonal = (((match & up) + up) ^ up) | match | down
@@ -49,7 +51,7 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Similarity in 0 or [0.5, 1] of a prediction to its best reference; NaN (unscored) where there is no reference."""
+    """Similarity of a prediction to its best reference, 0 or in [0.5, 1]; NaN (unscored) without references."""
     best = math.nan
     for answer in answers:
         length = max(len(prediction.upper()), len(answer.upper()))
@@ -59,11 +61,11 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
 
 
 def mean(scores: Iterable[float]) -> float:
-    """Mean of the scores that are not NaN; NaN where none is left."""
+    """Mean of the scores that are not NaN; NaN if there are none."""
     scored = [score for score in scores if not math.isnan(score)]
     return math.fsum(scored) / len(scored) if scored else math.nan
 
 
 def corpus_anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Mean ANLS over the questions that have references. Raises ValueError where the two lengths differ."""
+    """Mean ANLS over the questions that have references. Raises ValueError if the two lengths differ."""
     return mean(anls(prediction, references) for prediction, references in zip(predictions, answers, strict=True))

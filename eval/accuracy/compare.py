@@ -1,8 +1,9 @@
-"""`python -m eval compare A B …`: runs side by side, and each against the first, sample by sample.
+"""`python -m eval compare A B ...`: runs side by side, and each against the first, sample by sample.
 
-Two runs over the same questions are paired, so the difference of their means is judged by resampling questions
-(Efron's percentile bootstrap, 10,000 draws from a fixed seed), not by comparing two standard errors. How many answers
-differ at all is printed too: for 16-bit runs of two batch sizes that is the rate of flips.
+Two runs over the same questions are paired. The difference of their means is therefore judged by resampling questions
+(Efron's percentile bootstrap, 10,000 draws from a fixed seed) rather than by comparing two standard errors. The number
+of answers that differ at all is printed too; for 16-bit runs with two batch sizes it shows how often rounding changes
+an answer.
 """
 
 from __future__ import annotations
@@ -14,151 +15,155 @@ from typing import Any
 
 import torch
 
-from eval.accuracy.results import read_json, read_rows
+from eval.accuracy.outcomes import Outcome, metrics_in
+from eval.accuracy.report import RunResults
+from eval.accuracy.run_folder import read_outcomes
+from eval.accuracy.run_spec import FORMAT
+from eval.json_files import load_json
 from minivlm.app.cli import Parser
 from minivlm.errors import UserError
 
 _DRAWS = 10_000
+_DRAWN_AT_ONCE = 1 << 20  # indices, a few megabytes
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished run as it lies on disk: its results.json, and its answered rows by (task, id)."""
+class FinishedRun:
+    """A finished run as it is stored: its results.json, and the outcomes of its answered samples by (task, id)."""
 
     name: str
-    results: dict
-    rows: dict[tuple[str, Any], dict]
+    results: RunResults
+    outcomes: dict[tuple[str, int | str], Outcome]
 
     @classmethod
-    def read(cls, path: Path) -> Finished:
-        """From a run's folder, its results.json, or an output folder that holds one run; raises `UserError`."""
-        found = [path] if path.name == "results.json" else [path / "results.json"]
-        if not found[0].is_file():
-            found = sorted(path.glob("*/results.json"))
-        if len(found) != 1:
-            held = f"{len(found)} runs; name one of them" if found else "no results.json"
-            raise UserError(f"{path}: {held} (expected the folder of a finished run)")
-        rows = {(row["task"], row["id"]): row for row in read_rows(found[0].with_name("samples.jsonl"))}
-        answered = {key: row for key, row in rows.items() if "error" not in row}
-        return cls(found[0].parent.name, read_json(found[0]), answered)
+    def read(cls, path: Path) -> FinishedRun:
+        """Read a run from its folder, its results.json, or an output folder that holds only this run.
+
+        Raises `UserError` for anything else, for a damaged file, and for a run of another format.
+        """
+        files = [path] if path.name == "results.json" else [path / "results.json"]
+        if not files[0].is_file():
+            files = sorted(path.glob("*/results.json"))
+        if len(files) != 1:
+            contents = f"{len(files)} runs; name one of them" if files else "no results.json"
+            raise UserError(f"{path}: {contents} (expected the folder of a finished run)")
+        results = load_json(files[0])
+        settings = results.get("settings") if isinstance(results, dict) else None
+        if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+            raise UserError(f"{files[0]}: not a run in format {FORMAT}, which this version reads (run it again)")
+        answered = {
+            (outcome["task"], outcome["id"]): outcome
+            for outcome in read_outcomes(files[0].with_name("samples.jsonl"))
+            if "error" not in outcome
+        }
+        return cls(files[0].parent.name, results, answered)
+
+
+def compare_runs(arguments: Sequence[str]) -> None:
+    """Print the table of some runs, then every run against the first."""
+    parser = Parser("Puts finished runs side by side, each against the first.", "python -m eval compare")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its results.json")
+    first, *others = [FinishedRun.read(path) for path in parser.parse_args(arguments).runs]
+    print("\n".join([comparison_table([first, *others]), *(describe_change(first, other) for other in others)]))
+
+
+def comparison_table(runs: Sequence[FinishedRun], question_types: Sequence[str] = ()) -> str:
+    """A Markdown table per task: metrics with standard errors, also for the given question types, and the cost."""
+    lines = []
+    for task in dict.fromkeys(task for run in runs for task in run.results["cost"]):
+        lines += [*_task_table(task, [run for run in runs if task in run.results["cost"]], question_types), ""]
+    return "\n".join(lines)
+
+
+def _task_table(task: str, runs: Sequence[FinishedRun], question_types: Sequence[str]) -> list[str]:
+    metrics = list(dict.fromkeys(name for run in runs for name in metrics_in(run.results["results"][task])))
+    by_type = [f"{name}, {question_type}" for question_type in question_types for name in metrics]
+    costs = ["KV MiB a page", "of full", "prefill ms", "decode ms/token"]
+    heads = [task, "n", "failed", *metrics, *by_type, *costs]
+    lines = [_table_line(heads), _table_line(["---", *["---:"] * (len(heads) - 1)])]
+    for run in runs:
+        summary, cost = run.results["results"][task], run.results["cost"][task]
+        parts = [run.results["by_type"][task].get(question_type, {}) for question_type in question_types]
+        scores = [
+            f"{part[name]:.4f} ± {part[name + '_stderr']:.4f}" if name in part else ""
+            for part in [summary, *parts]
+            for name in metrics
+        ]
+        costs = [
+            f"{cost['kv_bytes_mean'] / 2**20:.3f}",
+            f"{cost['kv_share']:.1%}",
+            f"{cost['prefill_ms']:.1f}",
+            f"{cost['decode_ms_per_token']:.2f}",
+        ]
+        lines.append(_table_line([run.name, summary["n"], summary["failed"], *scores, *costs]))
+    return lines
+
+
+def _table_line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def describe_change(first: FinishedRun, other: FinishedRun) -> str:
+    """How `other` differs from `first`: in its settings and, for each task, in its answers and scores."""
+    changes = _changed_settings(first.results["settings"], other.results["settings"])
+    lines = [f"{other.name} against {first.name} ({', '.join(changes) or 'the same settings'}):"]
+    pairs = [(outcome, other.outcomes[key]) for key, outcome in first.outcomes.items() if key in other.outcomes]
+    for task in dict.fromkeys(outcome["task"] for outcome, _ in pairs):
+        in_task = [(a, b) for a, b in pairs if a["task"] == task]
+        changed = sum(a["prediction"] != b["prediction"] for a, b in in_task)
+        share = changed / len(in_task)
+        lines.append(f"  {task}: {len(in_task)} samples in both, {changed} answers differ ({share:.1%})")
+        for metric in metrics_in(first.results["results"][task]):
+            if differences := paired_differences(first, other, task, metric):
+                lines.append(f"    {metric} {describe_differences(differences)}")
+    if not pairs:
+        lines.append("  no sample in both")
+    return "\n".join(lines)
+
+
+def paired_differences(first: FinishedRun, other: FinishedRun, task: str, metric: str) -> list[float]:
+    """`other` minus `first` in a metric, for every sample of a task that both have scored."""
+    pairs = [
+        (outcome.get("scores", {}), other.outcomes[key].get("scores", {}))
+        for key, outcome in first.outcomes.items()
+        if key in other.outcomes and key[0] == task
+    ]
+    return [after[metric] - before[metric] for before, after in pairs if metric in before and metric in after]
+
+
+def describe_differences(differences: Sequence[float]) -> str:
+    """The mean of paired differences, its interval, and how often each side did better."""
+    low, high = paired_bootstrap(differences)
+    better = sum(difference > 0 for difference in differences)
+    worse = sum(difference < 0 for difference in differences)
+    return (
+        f"{sum(differences) / len(differences):+.4f}, 95 % interval {low:+.4f} … {high:+.4f}; "
+        f"better on {better}, worse on {worse}, equal on {len(differences) - better - worse}"
+    )
 
 
 def paired_bootstrap(differences: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The interval that holds the mean of `differences` in `level` of the resamples. Raises ValueError for none."""
+    """The interval that holds the mean of resampled `differences` in a share `level` of the draws.
+
+    Raises ValueError if there are no differences.
+    """
     if not differences:
         raise ValueError("no differences to resample")
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor(differences, dtype=torch.float64)
-    size = max(1, (1 << 20) // len(values))  # draws at once: a few megabytes of indices
-    means = [
-        values[torch.randint(len(values), (min(size, _DRAWS - start), len(values)), generator=generator)].mean(1)
-        for start in range(0, _DRAWS, size)
-    ]
+    at_once = max(1, _DRAWN_AT_ONCE // len(values))
+    means = []
+    for start in range(0, _DRAWS, at_once):
+        shape = (min(at_once, _DRAWS - start), len(values))
+        means.append(values[torch.randint(len(values), shape, generator=generator)].mean(1))
     tail = (1 - level) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 
-def table(runs: Sequence[Finished], kinds: Sequence[str] = ()) -> str:
-    """A Markdown table for each task: metrics with standard errors, also by the given question types, and the cost."""
-    lines = []
-    for task in dict.fromkeys(task for run in runs for task in run.results["cost"]):
-        there = [run for run in runs if task in run.results["cost"]]
-        metrics = list(dict.fromkeys(name for run in there for name in _metrics(run.results["results"][task])))
-        heads = [
-            task,
-            "n",
-            "failed",
-            *metrics,
-            *(f"{name}, {kind}" for kind in kinds for name in metrics),
-            "KV MiB a page",
-            "of full",
-            "prefill ms",
-            "decode ms/token",
-        ]
-        lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
-        for run in there:
-            numbers, spent = run.results["results"][task], run.results["cost"][task]
-            parts = [run.results["by_type"][task].get(kind, {}) for kind in kinds]
-            scores = [
-                f"{part[name]:.4f} ± {part[name + '_stderr']:.4f}" if name in part else ""
-                for part in [numbers, *parts]
-                for name in metrics
-            ]
-            lines.append(
-                _row(
-                    [
-                        run.name,
-                        numbers["n"],
-                        numbers["failed"],
-                        *scores,
-                        f"{spent['kv_bytes_mean'] / 2**20:.3f}",
-                        f"{spent['kv_share']:.1%}",
-                        f"{spent['prefill_ms']:.1f}",
-                        f"{spent['decode_ms_per_token']:.2f}",
-                    ]
-                )
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def differences(first: Finished, other: Finished, task: str, metric: str) -> list[float]:
-    """Other minus first in a metric, for every sample of a task that both have scored."""
-    pairs = [
-        (first.rows[key].get("scores", {}), other.rows[key].get("scores", {}))
-        for key in first.rows
-        if key in other.rows and key[0] == task
-    ]
-    return [theirs[metric] - ours[metric] for ours, theirs in pairs if metric in ours and metric in theirs]
-
-
-def in_words(found: Sequence[float]) -> str:
-    """The mean of paired differences, its interval, and how often each side won."""
-    low, high = paired_bootstrap(found)
-    wins, losses = sum(d > 0 for d in found), sum(d < 0 for d in found)
-    return (
-        f"{sum(found) / len(found):+.4f}, 95 % interval {low:+.4f} … {high:+.4f}; "
-        f"better on {wins}, worse on {losses}, equal on {len(found) - wins - losses}"
-    )
-
-
-def against(first: Finished, other: Finished) -> str:
-    """What differs in the settings, and per task and metric the difference, its interval, and who won how often."""
-    settings = ", ".join(_changes(first.results["settings"], other.results["settings"])) or "the same settings"
-    lines = [f"{other.name} against {first.name} ({settings}):"]
-    shared = [(first.rows[key], other.rows[key]) for key in first.rows if key in other.rows]
-    for task in dict.fromkeys(row["task"] for row, _ in shared):
-        pairs = [(a, b) for a, b in shared if a["task"] == task]
-        flips = sum(a["prediction"] != b["prediction"] for a, b in pairs)
-        lines.append(f"  {task}: {len(pairs)} samples in both, {flips} answers differ ({flips / len(pairs):.1%})")
-        for metric in _metrics(first.results["results"][task]):
-            if found := differences(first, other, task, metric):
-                lines.append(f"    {metric} {in_words(found)}")
-    if not shared:
-        lines.append("  no sample in both")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Prints the table, then every run against the first."""
-    parser = Parser("Puts finished runs side by side, each against the first.", "python -m eval compare")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its results.json")
-    runs = [Finished.read(path) for path in parser.parse_args(arguments).runs]
-    print("\n".join([table(runs), *(against(runs[0], other) for other in runs[1:])]))
-
-
-def _changes(first: Any, other: Any, name: str = "") -> list[str]:
+def _changed_settings(first: Any, other: Any, name: str = "") -> list[str]:
     """Every setting in which two runs differ, as "name: old → new"."""
     if isinstance(first, dict) and isinstance(other, dict):
         keys = dict.fromkeys((*first, *other))
-        return [change for key in keys for change in _changes(first.get(key), other.get(key), key)]
+        return [change for key in keys for change in _changed_settings(first.get(key), other.get(key), key)]
     return [] if first == other else [f"{name}: {first} → {other}"]
-
-
-def _metrics(numbers: dict) -> list[str]:
-    return [name for name in numbers if f"{name}_stderr" in numbers]
-
-
-def _row(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"

@@ -1,7 +1,7 @@
-"""One process or several: who am I, and the two ways of talking that the evaluator needs.
+"""One process or several: which one this is, and the two ways of communicating that the evaluator needs.
 
-Under torchrun the environment names rank and world; objects travel over gloo (beside nccl where there is CUDA). Only
-rank 0 touches the results folder, so the machines need not share a disk for it.
+Under torchrun the environment names the rank and the number of processes (the world). Objects travel over gloo, with
+nccl beside it on CUDA. Only rank 0 touches the results folder, so the machines need not share a disk.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-# A rank may wait this long for the slowest one: for a download, or for a page on a slow machine.
+# How long a rank may wait for the slowest one, which may be downloading, or working on a page on a slow machine.
 _PATIENCE = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """`rank` of `world` processes; a single process talks to nobody."""
+    """This process's `rank` among `world` processes. A single process communicates with nobody."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def join(cls) -> Processes:
-        """The processes that torchrun started, or a single one; each takes the GPU of its local rank, if there is one."""
+        """Join the processes that torchrun started, or return a single one.
+
+        Each process takes the GPU of its local rank, if there is one.
+        """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         import torch
@@ -37,14 +40,14 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
-        """Ends the talking; the last call of every rank."""
+        """End the communication: the last call of every rank."""
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.world == 1:
             return value
         import torch.distributed as dist
@@ -54,7 +57,7 @@ class Processes:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value in order of rank; on rank 0 alone, the others get an empty list."""
+        """Return every rank's value, ordered by rank, on rank 0; the other ranks get an empty list."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist

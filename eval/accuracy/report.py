@@ -1,4 +1,4 @@
-"""What a run comes to: the content of results.json, and its summary in words."""
+"""Reporting a run: the content of results.json, and its summary in words."""
 
 from __future__ import annotations
 
@@ -7,122 +7,128 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 from eval.accuracy.anls import mean
-from eval.accuracy.results import by_type, summarise
-
-if TYPE_CHECKING:
-    from eval.accuracy.runner import Model, Run
+from eval.accuracy.outcomes import Outcome, metrics_in, summarise, summarise_by_type
+from eval.accuracy.run_spec import Answerer, RunSpec
 
 _PACKAGES = ("minivlm", "torch", "tokenizers", "pillow", "huggingface-hub", "safetensors")
 
 
-def share_of(stats: Any, samples: int) -> dict[str, float]:
-    """One sample's share of what its batch took, so that costs add up over rows however they were asked."""
-    return {
-        "prefill_s": stats.prefill_s / samples,
-        "decode_s": stats.decode_s / samples,
-        "decoded_tokens": stats.decoded_tokens / samples,
-        "prompt_tokens": stats.prompt_tokens / samples,
-        "vision_tokens": stats.vision_tokens / samples,
-        "new_tokens": stats.new_tokens / samples,
-        "kv_bytes": stats.live_bytes / samples,
-        "kv_full_bytes": stats.full_bytes / samples,
-        "kv_batch_bytes": stats.nbytes,
-        "kv_full_batch_bytes": stats.full_bytes,
-        "entries_attended": sum(stats.entries_attended_per_step.values()),
-    }
+class RunResults(TypedDict):
+    """The content of results.json."""
+
+    results: dict[str, dict[str, float]]  # by task or group of tasks: see `summarise`
+    by_type: dict[str, dict[str, dict[str, float]]]  # by task and question type
+    cost: dict[str, dict[str, float]]  # by task: see `mean_cost`
+    failed: list[str]
+    settings: dict[str, Any]
+    data: dict[str, str]  # by task: where its data came from
+    prompts: dict[str, str]  # by task: the first sample's prompt as the model reads it
+    template: str | None
+    notes: list[str]
+    versions: dict[str, str]
+    seconds: float
+    processes: int
 
 
-def cost(rows: Iterable[dict]) -> dict[str, float]:
-    """What the answered samples took: milliseconds, tokens, and the bytes of the cache against the full one.
+def mean_cost(outcomes: Iterable[Outcome]) -> dict[str, float]:
+    """Return what the answered samples cost on average; empty if there are none.
 
-    `prefill_ms` is per page and `decode_ms_per_token` per token after the first; `kv_bytes_mean` is what the policy
-    holds per page after prefill, `kv_share` that against the full cache; `kv_bytes_peak` is the most that was allocated
-    for a batch, room for the answer and bookkeeping included, beside the entries of the largest full cache.
+    `prefill_ms` is per page, and `decode_ms_per_token` per token after the first. `kv_bytes_mean` is what the policy
+    holds per page after prefill, and `kv_share` is its ratio to the full cache. `kv_bytes_peak` is the most memory
+    allocated for a batch, including room for the answer and bookkeeping; `kv_full_bytes_peak` counts only the entries
+    of the largest full cache.
     """
-    shares = [row["cost"] for row in rows if "cost" in row]
-    if not shares:
+    costs = [outcome["cost"] for outcome in outcomes if "cost" in outcome]
+    if not costs:
         return {}
-    total = {name: math.fsum(share[name] for share in shares) for name in shares[0]}
+    total = {name: math.fsum(cost[name] for cost in costs) for name in costs[0]}
+    decoded, full_bytes = total["decoded_tokens"], total["kv_full_bytes"]
     return {
-        "prefill_ms": 1000 * total["prefill_s"] / len(shares),
-        "decode_ms_per_token": 1000 * total["decode_s"] / total["decoded_tokens"] if total["decoded_tokens"] else 0.0,
-        "prompt_tokens": total["prompt_tokens"] / len(shares),
-        "vision_tokens": total["vision_tokens"] / len(shares),
-        "new_tokens": total["new_tokens"] / len(shares),
-        "kv_bytes_mean": total["kv_bytes"] / len(shares),
-        "kv_full_bytes_mean": total["kv_full_bytes"] / len(shares),
-        "kv_share": total["kv_bytes"] / total["kv_full_bytes"] if total["kv_full_bytes"] else 0.0,
-        "kv_bytes_peak": max(share["kv_batch_bytes"] for share in shares),
-        "kv_full_bytes_peak": max(share["kv_full_batch_bytes"] for share in shares),
-        "entries_attended_per_step": mean(share["entries_attended"] for share in shares),
+        "prefill_ms": 1000 * total["prefill_s"] / len(costs),
+        "decode_ms_per_token": 1000 * total["decode_s"] / decoded if decoded else 0.0,
+        "prompt_tokens": total["prompt_tokens"] / len(costs),
+        "vision_tokens": total["vision_tokens"] / len(costs),
+        "new_tokens": total["new_tokens"] / len(costs),
+        "kv_bytes_mean": total["kv_bytes"] / len(costs),
+        "kv_full_bytes_mean": full_bytes / len(costs),
+        "kv_share": total["kv_bytes"] / full_bytes if full_bytes else 0.0,
+        "kv_bytes_peak": max(cost["kv_batch_bytes"] for cost in costs),
+        "kv_full_bytes_peak": max(cost["kv_full_batch_bytes"] for cost in costs),
+        "entries_attended_per_step": mean(cost["entries_attended"] for cost in costs),
     }
 
 
-def document(run: Run, rows: Mapping[str, list[dict]], model: Model, seconds: float, processes: int) -> dict:
-    """The content of results.json, from the rows of each task in the order of its data."""
-    merged = {name: [row for member in members for row in rows[member]] for name, members in run.groups.items()}
-    processor = model.processor
+def results_of(
+    spec: RunSpec, outcomes: Mapping[str, list[Outcome]], model: Answerer, seconds: float, processes: int
+) -> RunResults:
+    """Return the content of results.json. `outcomes` are those of each task, in the order of its data."""
+    grouped = {
+        group: [outcome for member in members for outcome in outcomes[member]] for group, members in spec.groups.items()
+    }
+    prompts = {task.name: task.prompt(dataset.samples[0]) for task, dataset in spec.tasks}
+    template = None
+    if (processor := model.processor) is not None:
+        prompts = {name: processor.question(prompt, 1) for name, prompt in prompts.items()}
+        template = processor.question("{question}", 1)
     return {
-        "results": {name: summarise(found) for name, found in {**rows, **merged}.items()},
-        "by_type": {name: by_type(found) for name, found in rows.items()},
-        "cost": {name: cost(found) for name, found in rows.items()},
+        "results": {name: summarise(members) for name, members in {**outcomes, **grouped}.items()},
+        "by_type": {name: summarise_by_type(members) for name, members in outcomes.items()},
+        "cost": {name: mean_cost(members) for name, members in outcomes.items()},
         "failed": [
-            f"{row['task']} {row['id']}: {row['error']}" for found in rows.values() for row in found if "error" in row
+            f"{outcome['task']} {outcome['id']}: {outcome['error']}"
+            for members in outcomes.values()
+            for outcome in members
+            if "error" in outcome
         ],
-        "settings": run.keyed(),
-        "data": {task.name: dataset.origin for task, dataset in run.tasks},
-        "prompts": {
-            task.name: processor.question(task.prompt(dataset.samples[0]), 1)
-            if processor
-            else task.prompt(dataset.samples[0])
-            for task, dataset in run.tasks
-        },
-        "template": processor.question("{question}", 1) if processor else None,
-        "notes": list(run.notes),
-        "versions": versions(),
+        "settings": spec.hashed_settings(),
+        "data": {task.name: dataset.origin for task, dataset in spec.tasks},
+        "prompts": prompts,
+        "template": template,
+        "notes": list(spec.notes),
+        "versions": package_versions(),
         "seconds": seconds,
         "processes": processes,
     }
 
 
-def versions() -> dict[str, str]:
-    """Python and the packages that decide about answers; what is not installed as a package is left out."""
-    found = {"python": platform.python_version()}
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that influence answers, as far as they are installed."""
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def summary(results: dict, folder: Path) -> str:
-    """A finished run for people: metrics with standard errors, by type, cost, and what failed."""
+def results_in_words(results: RunResults, folder: Path) -> str:
+    """A finished run for people to read: metrics with standard errors, scores by type, cost, and failures."""
     lines = []
-    for task, numbers in results["results"].items():
-        metrics = [name for name in numbers if f"{name}_stderr" in numbers]
-        scores = [f"{name} {numbers[name]:.4f} ± {numbers[f'{name}_stderr']:.4f}" for name in metrics]
-        counts = [f"n {numbers['n']}"] + [f"{name} {numbers[name]}" for name in ("unscored", "failed") if numbers[name]]
+    for task, summary in results["results"].items():
+        metrics = metrics_in(summary)
+        scores = [f"{name} {summary[name]:.4f} ± {summary[f'{name}_stderr']:.4f}" for name in metrics]
+        counts = [f"{name} {summary[name]}" for name in ("n", "unscored", "failed") if name == "n" or summary[name]]
         lines.append(f"{task}: " + ", ".join(scores + counts))
-        for kind, part in results["by_type"].get(task, {}).items():
-            lines.append(
-                f"  {kind}: "
-                + ", ".join([f"{name} {part[name]:.4f}" for name in metrics if name in part] + [f"n {part['n']}"])
-            )
-        if spent := results["cost"].get(task):
-            lines.append(
-                f"  cost: prefill {spent['prefill_ms']:.1f} ms, decode {spent['decode_ms_per_token']:.2f} ms/token, "
-                f"{spent['new_tokens']:.1f} of {spent['prompt_tokens'] + spent['new_tokens']:.0f} tokens generated; KV "
-                f"{spent['kv_bytes_mean'] / 2**20:.2f} MiB a page, {spent['kv_share']:.1%} of the full cache, "
-                f"{spent['kv_bytes_peak'] / 2**20:.2f} MiB at most; {spent['entries_attended_per_step']:.0f} entries take part in a step"
-            )
-    if results["failed"]:
-        lines.append(
-            f"{len(results['failed'])} samples failed and are not in the scores: "
-            + "; ".join(results["failed"][:3])
-            + ("; …" if len(results["failed"]) > 3 else "")
-        )
+        for question_type, part in results["by_type"].get(task, {}).items():
+            scores = [f"{name} {part[name]:.4f}" for name in metrics if name in part]
+            lines.append(f"  {question_type}: " + ", ".join([*scores, f"n {part['n']}"]))
+        if cost := results["cost"].get(task):
+            lines.append("  cost: " + _cost_in_words(cost))
+    if failed := results["failed"]:
+        examples = "; ".join(failed[:3]) + ("; …" if len(failed) > 3 else "")
+        lines.append(f"{len(failed)} samples failed and are not in the scores: {examples}")
     return "\n".join([*lines, str(folder / "results.json")])
+
+
+def _cost_in_words(cost: dict[str, float]) -> str:
+    return (
+        f"prefill {cost['prefill_ms']:.1f} ms, decode {cost['decode_ms_per_token']:.2f} ms/token, "
+        f"{cost['new_tokens']:.1f} of {cost['prompt_tokens'] + cost['new_tokens']:.0f} tokens generated; "
+        f"KV {cost['kv_bytes_mean'] / 2**20:.2f} MiB a page, {cost['kv_share']:.1%} of the full cache, "
+        f"{cost['kv_bytes_peak'] / 2**20:.2f} MiB at most; "
+        f"{cost['entries_attended_per_step']:.0f} entries take part in a step"
+    )

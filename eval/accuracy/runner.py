@@ -1,8 +1,8 @@
-"""The runner: samples through the model in fixed batches, each answer on disk before the next is asked for.
+"""The runner: it asks the model in fixed batches and writes each answer to disk before it asks for the next.
 
-A batch is made of consecutive samples of the whole data set, `index // batch_size`, whatever was answered before and
-however many processes take part; so a resumed run, or one on eight GPUs, forms the same batches and gets the same
-answers. Batches go round-robin over the processes, rank 0 alone writes. A thread decodes images ahead of the model.
+A batch consists of consecutive samples of the whole data set (`index // batch_size`), no matter what was answered
+before or how many processes take part. So a resumed run, or one on eight GPUs, forms the same batches and gets the
+same answers. Processes take batches in turn, and rank 0 alone writes. A thread decodes images ahead of the model.
 """
 
 from __future__ import annotations
@@ -10,212 +10,165 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 from tqdm import tqdm
 
 from eval.accuracy.data import Dataset, Sample
+from eval.accuracy.outcomes import Outcome, cost_share
 from eval.accuracy.processes import Processes
-from eval.accuracy.report import document, share_of
-from eval.accuracy.results import RunFolder, read_json, write_json
+from eval.accuracy.report import RunResults, results_of
+from eval.accuracy.run_folder import RunFolder
+from eval.accuracy.run_spec import Answerer, RunSpec
 from eval.accuracy.tasks import Task
+from eval.json_files import load_json, write_json
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.generation.vlm import Answer, Request, Sampling
-from minivlm.inputs.processor import Processor
+from minivlm.generation.answers import Answer, Request
+from minivlm.generation.sampling import Sampling
 
-FORMAT = 2  # of the rows and results in a folder; a run of another format is not continued
 _AHEAD = 2  # batches whose images are decoded, or being decoded, while the model answers
+
+Outcomes = dict[tuple[str, int], Outcome]  # by task and index
+PreparedSample = tuple[Sample, Image.Image | UserError]  # a sample with its image, or the reason why there is none
 
 
 class NothingAnswered(UserError):
-    """Every sample of a task failed: the data are broken, or the settings do not fit them."""
+    """Every sample of a task failed: the data are broken, or the settings do not suit them."""
 
 
-class Model(Protocol):
-    """What the runner needs of a model; `minivlm.VLM` has it."""
-
-    processor: Processor | None  # only to record the chat template and the rendered prompt
-
-    def ask_batch(
-        self, requests: Sequence[Request], *, sampling: Sampling, settings: CacheSettings
-    ) -> list[Answer]: ...
-
-
-@dataclass(frozen=True)
-class Run:
-    """What to run. `identity` says which model answers, and where; `notes` end up in the results."""
-
-    tasks: Sequence[tuple[Task, Dataset]]
-    settings: CacheSettings = CacheSettings()
-    identity: dict = field(default_factory=dict)
-    batch_size: int = 1
-    seed: int = 0
-    predict_only: bool = False
-    log_samples: bool = False
-    suffix: str = ""
-    groups: dict[str, list[str]] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-    def keyed(self) -> dict:
-        """Everything that changes answers: what the folder's name is a hash of."""
-        tasks = {
-            task.name: {
-                "prompt": task.suffix,
-                "max_new_tokens": task.max_new_tokens,
-                "split": task.split,
-                "samples": len(dataset.samples),
-                "data": dataset.identity(),
-            }
-            for task, dataset in self.tasks
-        }
-        return {
-            **self.identity,
-            "format": FORMAT,
-            "tasks": tasks,
-            "cache": self.settings.to_dict(),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "predict_only": self.predict_only,
-        }
-
-    def folder(self, root: Path) -> RunFolder:
-        """The run's folder under `root`, not yet opened."""
-        names = list(self.groups) or [task.name for task, _ in self.tasks]
-        return RunFolder(root, "_".join((*names, self.settings.policy, *filter(None, (self.suffix,)))), self.keyed())
-
-
-def evaluate(run: Run, root: Path, load: Callable[[], Model], processes: Processes = Processes()) -> tuple[Path, dict]:
-    """Answers what is not answered yet -> (folder, content of its results.json; empty on ranks other than 0).
+def evaluate(
+    spec: RunSpec, root: Path, load: Callable[[], Answerer], processes: Processes = Processes()
+) -> tuple[Path, RunResults | None]:
+    """Answer what is not answered yet. Return the run's folder and its results (None on ranks other than 0).
 
     `load` is called only if something is left to ask. Raises `UserError` for a folder that cannot be used, and
-    `NothingAnswered` where not one sample of a task could be answered.
+    `NothingAnswered` if not one sample of a task could be answered.
     """
-    folder = run.folder(root)
-    rows = folder.open() if processes.rank == 0 else {}
-    if processes.rank == 0 and folder.results.exists() and not any("error" in row for row in rows.values()):
-        stored = read_json(folder.results)
-    else:
-        stored = None
-    stored = processes.broadcast(stored)
-    if stored is not None:
-        return folder.path, stored if processes.rank == 0 else {}
+    folder = spec.folder(root)
+    outcomes: Outcomes = {}
+    finished = None
+    if processes.rank == 0:
+        outcomes = folder.open()
+        if folder.results.exists() and not any("error" in outcome for outcome in outcomes.values()):
+            finished = load_json(folder.results)
+    finished = processes.broadcast(finished)
+    if finished is not None:
+        return folder.path, finished if processes.rank == 0 else None
 
     model, started = load(), time.perf_counter()
-    for task, dataset in run.tasks:
-        _answer_all(run, task, dataset, model, folder, rows, processes)
-    if processes.rank:
-        return folder.path, {}
-    answered: dict[str, list[dict]] = {}
-    for task, dataset in run.tasks:
-        found = [rows[task.name, sample.index] for sample in dataset.samples]
-        answered[task.name] = found
-        if all("error" in row for row in found):
-            raise NothingAnswered(
-                f"task {task.name}: none of its {len(found)} samples could be answered; {found[0]['error']}"
-            )
-        if task.submission:
-            predictions = [{"questionId": row["id"], "answer": row.get("prediction", "")} for row in found]
-            write_json(folder.path / f"{task.name}_for_submission.json", predictions)
-    results = document(run, answered, model, time.perf_counter() - started, processes.world)
+    for task, dataset in spec.tasks:
+        _answer_task(spec, task, dataset, model, folder, outcomes, processes)
+    if processes.rank != 0:
+        return folder.path, None
+    by_task = {task.name: [outcomes[task.name, s.index] for s in dataset.samples] for task, dataset in spec.tasks}
+    _write_submissions(spec, by_task, folder)
+    results = results_of(spec, by_task, model, time.perf_counter() - started, processes.world)
     folder.finish(results)
     return folder.path, results
 
 
-def _answer_all(
-    run: Run, task: Task, dataset: Dataset, model: Model, folder: RunFolder, rows: dict, processes: Processes
+def _write_submissions(spec: RunSpec, outcomes: dict[str, list[Outcome]], folder: RunFolder) -> None:
+    """Write the official submission file of each task that has one.
+
+    Raises `NothingAnswered` for the first task without an answer; earlier tasks have their file then.
+    """
+    for task, _ in spec.tasks:
+        in_task = outcomes[task.name]
+        if all("error" in outcome for outcome in in_task):
+            reason = f"none of its {len(in_task)} samples could be answered; {in_task[0]['error']}"
+            raise NothingAnswered(f"task {task.name}: {reason}")
+        if task.submission:
+            predictions = [{"questionId": o["id"], "answer": o.get("prediction", "")} for o in in_task]
+            write_json(folder.path / f"{task.name}_for_submission.json", predictions)
+
+
+def _answer_task(
+    spec: RunSpec,
+    task: Task,
+    dataset: Dataset,
+    model: Answerer,
+    folder: RunFolder,
+    outcomes: Outcomes,
+    processes: Processes,
 ) -> None:
-    """Asks every batch of a task that has an unanswered sample; `rows` grows on rank 0."""
-    answered = {index: row for (name, index), row in rows.items() if name == task.name and "error" not in row}
+    """Ask every batch of a task that has an unanswered sample. Adds to `outcomes` and to the folder on rank 0."""
+    answered = {index: o for (name, index), o in outcomes.items() if name == task.name and "error" not in o}
     done = processes.broadcast(set(answered))
-    batches = [dataset.samples[i : i + run.batch_size] for i in range(0, len(dataset.samples), run.batch_size)]
+    batches = [dataset.samples[i : i + spec.batch_size] for i in range(0, len(dataset.samples), spec.batch_size)]
     batches = [batch for batch in batches if any(sample.index not in done for sample in batch)]
-    mine = decoded_ahead(dataset, batches[processes.rank :: processes.world])
-    totals, text = Counter(), ""
-    for row in answered.values():
-        text = _count(totals, task.metric, row)
+    own_batches = decoded_ahead(dataset, batches[processes.rank :: processes.world])
+    totals = _RunningTotals(task.metric)
+    for outcome in answered.values():
+        totals.add(outcome)
     bar = tqdm(total=len(dataset.samples), initial=len(done), desc=task.name, unit="page", disable=processes.rank > 0)
     with bar:
+        # Every rank takes part in every round, if only with an empty list: `gather` waits for all of them.
         for _ in range(math.ceil(len(batches) / processes.world)):
-            batch = next(mine, None)
-            new = [
-                row
-                for each in processes.gather(_answer_batch(run, task, batch, model) if batch else [])
-                for row in each
-            ]
-            new = [row for row in new if row["index"] not in done]
+            batch = next(own_batches, None)
+            gathered = processes.gather(_answer_batch(spec, task, batch, model) if batch else [])
+            new = [outcome for by_rank in gathered for outcome in by_rank if outcome["index"] not in done]
             if processes.rank == 0:
                 folder.append(new)
-            for row in new:
-                rows[task.name, row["index"]] = row
-                text = _count(totals, task.metric, row)
-                if "error" in row:
-                    bar.write(f"failed: {task.name} {row['id']}: {row['error']}", file=sys.stderr)
-            bar.set_postfix_str(text, refresh=False)
+            for outcome in new:
+                outcomes[task.name, outcome["index"]] = outcome
+                totals.add(outcome)
+                if "error" in outcome:
+                    bar.write(f"failed: {task.name} {outcome['id']}: {outcome['error']}", file=sys.stderr)
+            bar.set_postfix_str(str(totals), refresh=False)
             bar.update(len(new))
 
 
-def decoded_ahead(
-    dataset: Dataset, batches: Iterable[Sequence[Sample]]
-) -> Iterator[list[tuple[Sample, Image.Image | UserError]]]:
-    """The batches with their images, or why there is none, decoded by one thread while the caller works."""
+def decoded_ahead(dataset: Dataset, batches: Iterable[Sequence[Sample]]) -> Iterator[list[PreparedSample]]:
+    """Yield the batches with their images, which one thread decodes while the caller works on earlier batches."""
 
-    def decode(batch: Sequence[Sample]) -> list[tuple[Sample, Image.Image | UserError]]:
-        found = []
-        for sample in batch:
-            try:
-                found.append((sample, dataset.image(sample.index)))
-            except UserError as error:
-                found.append((sample, error))
-        return found
+    def prepare(batch: Sequence[Sample]) -> list[PreparedSample]:
+        return [(sample, _image_or_error(dataset, sample)) for sample in batch]
 
     with ThreadPoolExecutor(1) as thread:
-        waiting = deque()
+        waiting: deque[Future[list[PreparedSample]]] = deque()
         for batch in batches:
-            waiting.append(thread.submit(decode, batch))
+            waiting.append(thread.submit(prepare, batch))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _answer_batch(
-    run: Run, task: Task, batch: Sequence[tuple[Sample, Image.Image | UserError]], model: Model
-) -> list[dict]:
-    """One row per sample, in order. A sample without an image, or that the model refuses, becomes a failed row."""
-    asked = [(sample, image) for sample, image in batch if not isinstance(image, UserError)]
-    requests = [Request(task.prompt(sample), [image], sample.index) for sample, image in asked]
-    sampling = Sampling(max_new_tokens=task.max_new_tokens, seed=run.seed)
-    answers = iter(_ask(model, requests, sampling, run.settings))
-    rows = []
+def _image_or_error(dataset: Dataset, sample: Sample) -> Image.Image | UserError:
+    try:
+        return dataset.image(sample.index)
+    except UserError as error:
+        return error
+
+
+def _answer_batch(spec: RunSpec, task: Task, batch: Sequence[PreparedSample], model: Answerer) -> list[Outcome]:
+    """Return one outcome per sample, in order. A sample without an image, or one that the model refuses, fails."""
+    requests = [
+        Request(task.prompt(sample), [image], sample.index)
+        for sample, image in batch
+        if not isinstance(image, UserError)
+    ]
+    sampling = Sampling(max_new_tokens=task.max_new_tokens, seed=spec.seed)
+    answers = iter(_ask(model, requests, sampling, spec.settings))
+    outcomes = []
     for sample, image in batch:
-        answer, together = (image, 0) if isinstance(image, UserError) else next(answers)
-        row = {"task": task.name, "id": sample.id, "index": sample.index, "types": sample.types}
-        if isinstance(answer, UserError):
-            rows.append({**row, "error": str(answer)})
-            continue
-        prediction = answer.text.strip()
-        row |= {"prediction": prediction, "finish": answer.finish}
-        if not run.predict_only:
-            scores = task.scores(prediction, sample)
-            row["scores"] = {name: score for name, score in scores.items() if not math.isnan(score)}
-        if run.log_samples:
-            row |= {"prompt": task.prompt(sample), "answers": sample.answers, "token_ids": list(answer.token_ids)}
-        rows.append({**row, "cost": share_of(answer.stats, together)})
-    return rows
+        answer, asked_together = (image, 0) if isinstance(image, UserError) else next(answers)
+        outcomes.append(_outcome(spec, task, sample, answer, asked_together))
+    return outcomes
 
 
 def _ask(
-    model: Model, requests: Sequence[Request], sampling: Sampling, settings: CacheSettings
+    model: Answerer, requests: Sequence[Request], sampling: Sampling, settings: CacheSettings
 ) -> list[tuple[Answer | UserError, int]]:
-    """Each answer, and how many were asked together. Where the model refuses the batch, every request is asked alone,
-    so that a bad one fails only itself."""
+    """Return each answer, and how many requests were asked together with it.
+
+    If the model refuses the batch, every request is asked alone, so that a bad one fails only itself.
+    """
     if not requests:
         return []
     try:
@@ -223,23 +176,45 @@ def _ask(
     except UserError as error:
         if len(requests) == 1:
             return [(error, 1)]
-    return [found for request in requests for found in _ask(model, [request], sampling, settings)]
+    return [answer for request in requests for answer in _ask(model, [request], sampling, settings)]
 
 
-def _count(totals: Counter, metric: str, row: dict) -> str:
-    """Adds a row to the running totals of a task -> its scores and cache bytes so far, for the bar."""
-    for name, score in row.get("scores", {}).items():
-        totals[name] += score
-        totals[name, "n"] += 1
-    for name, amount in row.get("cost", {}).items():
-        totals[name] += amount
-        totals["pages"] += name == "kv_bytes"
-    parts = [
-        f"{name} {totals[name] / totals[name, 'n']:.3f}"
-        for name in dict.fromkeys(("anls", metric))
-        if totals[name, "n"]
-    ]
-    if totals["pages"]:
-        share = totals["kv_bytes"] / max(totals["kv_full_bytes"], 1)
-        parts.append(f"KV {totals['kv_bytes'] / totals['pages'] / 2**20:.2f} MiB ({share:.0%})")
-    return ", ".join(parts)
+def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserError, asked_together: int) -> Outcome:
+    """The outcome of a sample, scored unless the run is not to be scored."""
+    outcome: Outcome = {"task": task.name, "id": sample.id, "index": sample.index, "types": sample.types}
+    if isinstance(answer, UserError):
+        outcome["error"] = str(answer)
+        return outcome
+    prediction = answer.text.strip()
+    outcome["prediction"] = prediction
+    outcome["finish"] = answer.finish
+    if not spec.predict_only:
+        scores = task.scores(prediction, sample)
+        outcome["scores"] = {name: score for name, score in scores.items() if not math.isnan(score)}
+    if spec.log_samples:
+        outcome["prompt"] = task.prompt(sample)
+        outcome["answers"] = sample.answers
+        outcome["token_ids"] = list(answer.token_ids)
+    outcome["cost"] = cost_share(answer.stats, asked_together)
+    return outcome
+
+
+class _RunningTotals:
+    """The scores and cache bytes of a task so far, as shown beside the progress bar."""
+
+    def __init__(self, metric: str) -> None:
+        self.shown = tuple(dict.fromkeys(("anls", metric)))
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.counts: Counter[str] = Counter()
+
+    def add(self, outcome: Outcome) -> None:
+        for name, number in {**outcome.get("scores", {}), **outcome.get("cost", {})}.items():
+            self.sums[name] += number
+            self.counts[name] += 1
+
+    def __str__(self) -> str:
+        parts = [f"{name} {self.sums[name] / self.counts[name]:.3f}" for name in self.shown if self.counts[name]]
+        if pages := self.counts["kv_bytes"]:
+            share = self.sums["kv_bytes"] / max(self.sums["kv_full_bytes"], 1)
+            parts.append(f"KV {self.sums['kv_bytes'] / pages / 2**20:.2f} MiB ({share:.0%})")
+        return ", ".join(parts)

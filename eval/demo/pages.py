@@ -1,10 +1,11 @@
 """The demo's data set: small business pages drawn by code, with questions about them.
 
-A page is typed like a receipt: one character per cell of 8 x 16 pixels, glyphs of Pillow's own font squeezed into the
-cell. Page sizes are chosen so that LLaVA-NeXT's scaling is exactly 1 for the demo's pinpoints (112 x 224, 224 x 112,
-224 x 224) and its centred padding moves the cells by whole cells. Everything follows from one `random.Random`.
+A page is typed like a receipt: each character fills a cell of 8 x 16 pixels, with glyphs of Pillow's own font squeezed
+into the cell. Page sizes are chosen so that LLaVA-NeXT's scaling is exactly 1 for the demo's pinpoints (112 x 224,
+224 x 112, 224 x 224), and so that its centred padding moves the text by whole cells. All randomness comes from one
+`random.Random`.
 
-`python -m eval.demo.pages --out DIR --pages N --seed S` writes a held-out set in the layout of the official DocVQA files.
+`python -m eval.demo.pages --out DIR --pages N --seed S` writes a held-out set in the official DocVQA layout.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from eval.demo.page_values import TYPES, draw_value
+from minivlm.files import write_whole
 
 CELL_W, CELL_H = 8, 16
 CHARACTERS = "".join(map(chr, range(33, 127)))
@@ -32,21 +34,12 @@ FIELDS = {
     "word": ("Colour", "Product", "City", "Material", "Subject", "Project", "Street", "Brand"),
     "name": ("Name", "Customer", "Seller", "Author", "Manager", "Doctor", "Teacher", "Owner"),
 }
-FIELD_NAMES = tuple(name for kind in TYPES for name in FIELDS[kind])
+FIELD_TYPES = {name: value_type for value_type in TYPES for name in FIELDS[value_type]}
+FIELD_NAMES = tuple(FIELD_TYPES)
 TITLES = (
-    "INVOICE",
-    "RECEIPT",
-    "Delivery note",
-    "Order form",
-    "REPORT",
-    "Record",
-    "Work order",
-    "Summary",
-    "TICKET",
-    "Statement",
-    "MEMO",
-    "Booking",
-)
+    "INVOICE", "RECEIPT", "Delivery note", "Order form", "REPORT", "Record",
+    "Work order", "Summary", "TICKET", "Statement", "MEMO", "Booking",
+)  # fmt: skip
 
 SHORT_PHRASINGS = (
     "What is the {}?",
@@ -86,11 +79,12 @@ LONG_PHRASINGS = {
         "Give the values of all fields.",
     ),
 }
-LONG_KINDS = tuple(LONG_PHRASINGS)
-SUFFIX = "\nAnswer the question using a single word or phrase."  # what the DocVQA task appends
-LONGEST_ANSWER = 150  # characters of a long answer
+LONG_TYPES = tuple(LONG_PHRASINGS)
+SUFFIX = "\nAnswer the question using a single word or phrase."  # appended by the DocVQA task too
+LONGEST_ANSWER = 150  # characters; a long answer has at least 40
 
-# (height, width): scaling stays 1, the padding stays whole cells; every pinpoint, with and without unpadding
+# Page sizes (height, width), some more likely than others. Each is scaled by 1 and padded by whole cells; together they
+# use every pinpoint, with and without unpadding.
 SIZES = (
     [(224, 224)] * 6
     + [(192, 224), (160, 224), (128, 224), (224, 208), (224, 192), (224, 176), (192, 224)]
@@ -103,10 +97,10 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a page: its name, type and value, and the cell where the value starts."""
+    """One field of a page: its name, the type of its value, the value, and the cell where the value starts."""
 
     name: str
-    kind: str
+    type: str
     value: str
     row: int
     column: int
@@ -114,7 +108,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Page:
-    """A drawn page: `lines` are (row, column, text) in reading order, rows and columns counted in cells."""
+    """A drawn page: `lines` are (row, column, text) in reading order, with rows and columns counted in cells."""
 
     image: Image.Image
     lines: tuple[tuple[int, int, str], ...]
@@ -123,12 +117,15 @@ class Page:
 
 @dataclass(frozen=True)
 class Question:
-    """`kind` is a value type or one of LONG_KINDS; `cells` gives the (row, column) of every answer character that
-    stands on the page, and None for separators."""
+    """A question about a page, with its answer.
+
+    `type` is a value type or one of LONG_TYPES. `cells` has the (row, column) of each character of the answer that is
+    on the page, and None for separators.
+    """
 
     text: str
     answer: str
-    kind: str
+    type: str
     cells: tuple[tuple[int, int] | None, ...] = field(repr=False)
 
 
@@ -138,7 +135,7 @@ def _glyph(character: str, size: int, bold: bool) -> Image.Image:
     font = ImageFont.load_default(size=4 * size)
     left, _, right, _ = font.getbbox(character)
     ink = max(right - left, 1)
-    cell = Image.new("L", (max(ink, 4 * (CELL_W - 1)) + 4, 4 * CELL_H))
+    cell = Image.new("L", (int(max(ink, 4 * (CELL_W - 1))) + 4, 4 * CELL_H))
     ImageDraw.Draw(cell).text(
         ((cell.width - ink) / 2 - left, 4 * 12),
         character,
@@ -150,7 +147,8 @@ def _glyph(character: str, size: int, bold: bool) -> Image.Image:
     return cell.resize((CELL_W, CELL_H), Image.Resampling.BOX)
 
 
-def _draw(rng: random.Random, size: tuple[int, int], lines: list[tuple[int, int, str]]) -> Image.Image:
+def _draw_image(rng: random.Random, size: tuple[int, int], lines: Sequence[tuple[int, int, str]]) -> Image.Image:
+    """The picture of a page. The order of the random draws is fixed: seeds must keep giving the same pages."""
     height, width = size
     paper = rng.randint(205, 255)
     tint = [max(0, paper - rng.randint(0, 22)) for _ in range(3)]
@@ -158,22 +156,21 @@ def _draw(rng: random.Random, size: tuple[int, int], lines: list[tuple[int, int,
     if rng.random() < 0.1:  # white on dark, like a display
         tint, ink = ink, tint
     image = Image.new("RGB", (width, height), tuple(tint))
-    draw = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     glyph_size, bold = rng.choice((12, 13, 13, 14)), rng.random() < 0.4
     dx, dy = rng.choice((0, 0, 0, 1)), rng.choice((0, 0, 1, -1))
-    faint = tuple((2 * t + i) // 3 for t, i in zip(tint, ink))
+    faint = tuple((2 * t + i) // 3 for t, i in zip(tint, ink, strict=True))
     if rng.random() < 0.3:  # a rule under some line
         y = (rng.choice(lines)[0] + 1) * CELL_H - 1
-        draw.line((4, y, width - 5, y), fill=faint)
+        canvas.line((4, y, width - 5, y), fill=faint)
     if rng.random() < 0.15:
-        draw.rectangle((2, 1, width - 3, height - 2), outline=faint)
-    fill = tuple(ink)
+        canvas.rectangle((2, 1, width - 3, height - 2), outline=faint)
     for row, column, text in lines:
         for i, character in enumerate(text):
             if character != " ":
-                image.paste(fill, ((column + i) * CELL_W + dx, row * CELL_H + dy), _glyph(character, glyph_size, bold))
-    strength = rng.choice((0, 0, 4, 8, 12))
-    if strength:
+                corner = ((column + i) * CELL_W + dx, row * CELL_H + dy)
+                image.paste(tuple(ink), corner, _glyph(character, glyph_size, bold))
+    if strength := rng.choice((0, 0, 4, 8, 12)):
         noise = Image.frombytes("L", (width, height), rng.randbytes(width * height))
         noise = noise.point([128 + (v - 128) * strength // 128 for v in range(256)])
         image = ImageChops.add(image, Image.merge("RGB", (noise,) * 3), 1, -128)
@@ -181,111 +178,121 @@ def _draw(rng: random.Random, size: tuple[int, int], lines: list[tuple[int, int,
 
 
 def draw_page(rng: random.Random, split: str, size: tuple[int, int] | None = None) -> Page:
-    """Draws a page whose values all belong to `split` ("train" or "heldout").
+    """Draw a page whose values all belong to `split` ("train" or "heldout").
 
-    `size` is (height, width), one of SIZES; by default drawn from them. Fields stand inline ("Key: value"), in two
-    columns, or, always on narrow pages, with the value under its name.
+    `size` is (height, width), one of SIZES; by default it is drawn from them. A page has its values beside their names
+    ("Name: value"), in a second column, or, always on narrow pages, under their names. As in `_draw_image`, the order
+    of the random draws is fixed.
     """
     size = size or rng.choice(SIZES)
     rows, columns = size[0] // CELL_H, size[1] // CELL_W
     margin = rng.randint(0, 1) if columns < 26 else rng.randint(0, 2)
     stacked = columns < 26 or (rows >= 12 and rng.random() < 0.15)
     per_field = 2 if stacked else 1
-    title = rng.random() < 0.5 and rows > 5
-    free = rows - (1 if title else 0)
+    has_title = rng.random() < 0.5 and rows > 5
+    free = rows - (1 if has_title else 0)
     count = min(rng.randint(4, 10), free // per_field)
-    spare = free - count * per_field  # empty lines to be put between
-    lines, fields = [], []
+    spare = free - count * per_field  # empty lines to put between the fields
+    lines: list[tuple[int, int, str]] = []
+    fields: list[Field] = []
     row = 0
-    if title:
-        text = rng.choice(TITLES)
-        lines.append((0, rng.choice((margin, (columns - len(text)) // 2)), text))
+    if has_title:
+        title = rng.choice(TITLES)
+        lines.append((0, rng.choice((margin, (columns - len(title)) // 2)), title))
         row = 1
     tab = rng.randint(12, 13) if not stacked and rng.random() < 0.4 else None
     colon = ":" if rng.random() < (0.5 if stacked or tab else 0.9) else ""
     indent = rng.choice((0, 0, 1)) if stacked else 0
     for name in rng.sample(FIELD_NAMES, count):
-        kind = TYPES[FIELD_NAMES.index(name) // 8]
         gap = rng.randint(0, 1) if spare else 0
         spare -= gap
         row += gap
         label = name + colon
-        if stacked:
-            where = (row + 1, margin + indent)
-        else:
-            where = (row, margin + (tab if tab else len(label) + (1 if colon else 2)))
-        value = draw_value(rng, kind, split, min(columns - where[1], 18))
-        lines += [(row, margin, label), (*where, value)]
-        fields.append(Field(name, kind, value, *where))
+        beside = margin + (tab or len(label) + (1 if colon else 2))
+        start = (row + 1, margin + indent) if stacked else (row, beside)
+        value = draw_value(rng, FIELD_TYPES[name], split, min(columns - start[1], 18))
+        lines += [(row, margin, label), (*start, value)]
+        fields.append(Field(name, FIELD_TYPES[name], value, *start))
         row += per_field
-    return Page(_draw(rng, size, lines), tuple(lines), tuple(fields))
+    return Page(_draw_image(rng, size, lines), tuple(lines), tuple(fields))
 
 
 def _cells(row: int, column: int, text: str) -> list[tuple[int, int] | None]:
+    """The cell of each character of a text that starts at a cell; None for spaces."""
     return [(row, column + i) if c != " " else None for i, c in enumerate(text)]
 
 
-def short_question(rng: random.Random, which: Field) -> Question:
-    """Asks for the value of the field `which`, in one of the phrasings."""
-    name = which.name if rng.random() < 0.25 else which.name.lower()
+def short_question(rng: random.Random, page_field: Field) -> Question:
+    """A question for the value of a field, in one of the phrasings."""
+    name = page_field.name if rng.random() < 0.25 else page_field.name.lower()
     text = rng.choice(SHORT_PHRASINGS).format(name)
-    return Question(text, which.value, which.kind, tuple(_cells(which.row, which.column, which.value)))
+    cells = _cells(page_field.row, page_field.column, page_field.value)
+    return Question(text, page_field.value, page_field.type, tuple(cells))
 
 
-def long_question(rng: random.Random, page: Page, kind: str) -> Question | None:
-    """Asks for a long answer; None where it would be over LONGEST_ANSWER characters or under 40."""
-    by_row: dict[int, list[tuple[int, int, str]]] = {}
-    for line in page.lines:
-        by_row.setdefault(line[0], []).append(line)
-    if kind == "transcribe":
-        parts, between = [(" ", by_row[row]) for row in sorted(by_row)], "\n"
-    elif kind == "fields":
-        names = [next(line for line in page.lines if line[2].rstrip(":") == f.name) for f in page.fields]
-        parts, between = [(" ", [(row, column, text.rstrip(":"))]) for row, column, text in names], ", "
-    else:
-        parts, between = [(" ", [(f.row, f.column, f.value)]) for f in page.fields], "; "
-    answer, cells = "", []
-    for joint, pieces in parts:
-        for i, piece in enumerate(pieces):
-            glue = (between if answer else "") if i == 0 else joint
-            answer += glue + piece[2]
-            cells += [None] * len(glue) + _cells(*piece)
+def long_question(rng: random.Random, page: Page, question_type: str) -> Question | None:
+    """A question with a long answer; None if the answer would have over LONGEST_ANSWER characters, or under 40."""
+    parts, separator = _long_answer_parts(page, question_type)
+    answer = ""
+    cells: list[tuple[int, int] | None] = []
+    for pieces in parts:
+        for i, (row, column, text) in enumerate(pieces):
+            glue = separator if i == 0 else " "
+            glue = glue if answer else ""
+            answer += glue + text
+            cells += [None] * len(glue) + _cells(row, column, text)
     if not 40 <= len(answer) <= LONGEST_ANSWER:
         return None
-    return Question(rng.choice(LONG_PHRASINGS[kind]), answer, kind, tuple(cells))
+    return Question(rng.choice(LONG_PHRASINGS[question_type]), answer, question_type, tuple(cells))
 
 
-def heldout_pairs(pages: int, seed: int, long_share: float = 0.1):
-    """Yields `pages` held-out (Page, Question) pairs: the types in turn, and a long answer in every tenth on average."""
-    kinds = random.Random(f"kinds {seed}")
+def _long_answer_parts(page: Page, question_type: str) -> tuple[list[list[tuple[int, int, str]]], str]:
+    """The parts of a long answer and what separates them. A part is a list of (row, column, text), joined by spaces."""
+    if question_type == "transcribe":
+        by_row: dict[int, list[tuple[int, int, str]]] = {}
+        for line in page.lines:
+            by_row.setdefault(line[0], []).append(line)
+        return [by_row[row] for row in sorted(by_row)], "\n"
+    if question_type == "fields":
+        names = [next(line for line in page.lines if line[2].rstrip(":") == f.name) for f in page.fields]
+        return [[(row, column, text.rstrip(":"))] for row, column, text in names], ", "
+    return [[(f.row, f.column, f.value)] for f in page.fields], "; "
+
+
+def heldout_pairs(pages: int, seed: int, long_share: float = 0.1) -> Iterator[tuple[Page, Question]]:
+    """Yield `pages` held-out pages, each with a question.
+
+    Value types take turns. A share `long_share` of the questions, chosen at random, have a long answer instead.
+    """
+    type_rng = random.Random(f"kinds {seed}")  # this string is part of the seed
     for index in range(pages):
         rng = random.Random(f"heldout {seed} {index}")
-        want = kinds.choice(LONG_KINDS) if kinds.random() < long_share else TYPES[index % len(TYPES)]
-        while True:
+        wanted = TYPES[index % len(TYPES)]
+        if type_rng.random() < long_share:
+            wanted = type_rng.choice(LONG_TYPES)
+        question = None
+        while question is None:
             page = draw_page(rng, "heldout")
-            if want in LONG_KINDS:
-                question = long_question(rng, page, want)
-            else:
-                fitting = [f for f in page.fields if f.kind == want]
-                question = short_question(rng, rng.choice(fitting)) if fitting else None
-            if question:
-                yield page, question
-                break
+            if wanted in LONG_TYPES:
+                question = long_question(rng, page, wanted)
+            elif candidates := [f for f in page.fields if f.type == wanted]:
+                question = short_question(rng, rng.choice(candidates))
+        yield page, question
 
 
 def write_docvqa(out: Path, pages: int, seed: int) -> Path:
-    """Writes the held-out set as `out`/val_v1.0.json and `out`/documents/*.png; returns the JSON's path."""
+    """Write a held-out set as `out`/val_v1.0.json and `out`/documents/*.png. Returns the path of the JSON file."""
     out = Path(out)
     (out / "documents").mkdir(parents=True, exist_ok=True)
-    data = []
+    records = []
     for index, (page, question) in enumerate(heldout_pairs(pages, seed)):
         name = f"documents/page_{index:05}.png"
         page.image.save(out / name)
-        data.append(
+        records.append(
             {
                 "questionId": index,
                 "question": question.text,
-                "question_types": [question.kind],
+                "question_types": [question.type],
                 "image": name,
                 "docId": index,
                 "ucsf_document_id": f"demo{index:05}",
@@ -294,24 +301,24 @@ def write_docvqa(out: Path, pages: int, seed: int) -> Path:
                 "data_split": "val",
             }
         )
-    target, scratch = out / "val_v1.0.json", out / "val_v1.0.json.part"
-    scratch.write_text(
-        json.dumps(
-            {"dataset_name": "minivlm demo pages", "dataset_version": "1.0", "dataset_split": "val", "data": data},
-            indent=1,
-        )
-    )
-    os.replace(scratch, target)
-    return target
+    content = {
+        "dataset_name": "minivlm demo pages",
+        "dataset_version": "1.0",
+        "dataset_split": "val",
+        "data": records,
+    }
+    path = out / "val_v1.0.json"
+    write_whole(path, lambda scratch: scratch.write_text(json.dumps(content, indent=1)))
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.demo.pages", description="Write held-out demo pages as DocVQA."
+        prog="python -m eval.demo.pages", description="Write held-out demo pages in the official DocVQA layout."
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--pages", type=int, default=200, help="number of pages, one question each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pages", type=int, default=200, help="number of pages, with one question each (200)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pages (0)")
     args = parser.parse_args()
     print(write_docvqa(args.out, args.pages, args.seed))
 

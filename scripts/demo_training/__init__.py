@@ -1,1 +1,1 @@
-"""How the bundled demo checkpoint is trained: tokenizer, packed batches, losses, optimiser, export, evaluation."""
+"""How the bundled demo checkpoint is made: tokenizer, packed batches, losses, optimisers, export and evaluation."""

@@ -1,13 +1,14 @@
 """Training batches: pages of one size, each with all its questions packed into one sequence.
 
-A sequence is prefix, image tokens, then one segment per conversation. A segment sees prefix, image and itself, and its
-positions continue those of the image: exactly what inference sees when it asks that question alone.
+A sequence consists of the prefix, the image tokens, and one segment per conversation. A segment attends to the prefix,
+the image and itself, and its positions continue those of the image. This is exactly what inference sees when it asks
+that question alone.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from PIL import Image
@@ -19,39 +20,41 @@ from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
 
 IGNORE = -100
-CHARS = 1 + len(pages.CHARACTERS)  # classes of a character slot, 0 is blank
-FIELDS = 1 + len(pages.FIELD_NAMES)  # classes of "which field's value is here", 0 is none
+CHARS = 1 + len(pages.CHARACTERS)  # classes of a cell: 0 is blank
+FIELDS = 1 + len(pages.FIELD_NAMES)  # classes of "which field's value is here": 0 is none
 OFFSETS = 11  # classes of "how many patches into the value"
 _CHAR_CLASS = {c: 1 + i for i, c in enumerate(pages.CHARACTERS)}
-_QUESTIONS, _SUFFIXED, _LONG, _SECOND_TURN = 6, 0.45, 0.5, 0.1  # short ones a page; shares
+_SHORT_QUESTIONS = 6  # per page, at most
+_SUFFIX_SHARE = 0.45  # of questions that carry the suffix of the DocVQA task
+_LONG_SHARE = 0.5  # of pages that are asked a long question of each type
+_SECOND_TURN_RATE = 0.1  # second turns per question
 
 
 @dataclass
 class Batch:
-    """B pages of one size; N image tokens, T packed text tokens, G tiles a page (the base view first)."""
+    """B pages of one size, with N image tokens, T packed text tokens and G tiles each (the base view first)."""
 
-    size: tuple[int, int]
+    size: tuple[int, int]  # (height, width) of the pages
     tiles: Tensor  # [B, G, 3, tile, tile] uint8
     chars: Tensor  # [B, N, 2] character classes of each patch's two cells, IGNORE off the page grid
     field: Tensor  # [B, N] field class
-    offset: Tensor  # [B, N] patches into the value, IGNORE outside values
+    offset: Tensor  # [B, N] patches into the value, IGNORE outside of values
     tokens: Tensor  # [B, T]
-    targets: Tensor  # [B, T] next token where it belongs to an answer, else IGNORE
-    segment: Tensor  # [B, T] conversation number, -1 for padding
-    position: Tensor  # [B, T] offset behind prefix and image
-    pointer: Tensor  # [4, P] int64 rows (b, t, n, patches of the token's target): where the next character stands
+    targets: Tensor  # [B, T] the next token if it belongs to an answer, else IGNORE
+    segment: Tensor  # [B, T] number of the conversation, -1 for padding
+    position: Tensor  # [B, T] offset from the end of the image
+    pointer: Tensor  # [4, P] (b, t, n, count): text token t of page b should look at image token n, one of count
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            **{
-                f.name: v.to(device, non_blocking=True) if isinstance(v := getattr(self, f.name), Tensor) else v
-                for f in fields(self)
-            }
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 def page_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
-    """[G, 3, tile, tile] uint8 of a page whose scale is 1, as the processor's geometry has it."""
+    """Cut a page into tiles [G, 3, tile, tile] uint8, as the processor does.
+
+    Raises ValueError for a page that would have to be scaled.
+    """
     side, (width, height) = config.vision.image_size, image.size
     target = anyres.best_resolution((height, width), config.image_grid_pinpoints)
     if anyres.fitted_size((height, width), target) != (height, width):
@@ -68,7 +71,7 @@ def page_tiles(image: Image.Image, config: VLMConfig) -> Tensor:
 
 
 class PatchMap:
-    """From a cell of a page of one size to the image token that holds it."""
+    """Finds the image token that shows a given cell, on pages of one size."""
 
     def __init__(self, size: tuple[int, int], config: VLMConfig) -> None:
         side = config.vision.grid
@@ -77,87 +80,123 @@ class PatchMap:
         rows, cols = anyres.tile_grid(size, config)
         box = anyres.unpadded_box(size, (rows * side, cols * side))
         self.row0, self.col0 = top // pages.CELL_H, left // pages.CELL_W  # cells of padding
-        self.box, self.base = box, side * side
-        self.width = box[3] - box[2] + 1  # patches and a newline
+        self.box = box
+        self.base = side * side  # image tokens of the base view, which come first
+        self.width = box[3] - box[2] + 1  # patches of a row, and a newline
         self.count = anyres.image_tokens(size, config)
-        self.off_grid = list(range(self.base)) + [self.base + (r + 1) * self.width - 1 for r in range(box[1] - box[0])]
+        newlines = [self.base + (r + 1) * self.width - 1 for r in range(box[1] - box[0])]
+        self.off_grid = [*range(self.base), *newlines]  # image tokens that show no cell
 
     def locate(self, row: int, column: int) -> tuple[int, int]:
-        """(image token, slot 0 or 1) of the character at a cell."""
+        """The image token that shows a cell, and whether the cell is the first (0) or second (1) of its patch."""
         patch_row, cell = row + self.row0 - self.box[0], column + self.col0
         return self.base + patch_row * self.width + cell // 2 - self.box[2], cell % 2
 
 
-def _segments(rng: random.Random, page: pages.Page) -> list[list[pages.Question]]:
-    """Conversations about a page: mostly one question each."""
-    asked = rng.sample(page.fields, min(len(page.fields), _QUESTIONS))
-    singles = [[pages.short_question(rng, f)] for f in asked]
-    for kind in pages.LONG_KINDS:
-        long = pages.long_question(rng, page, kind) if rng.random() < _LONG else None
-        if long:
-            singles.append([long])
-    if rng.random() < _SECOND_TURN * len(singles):
-        last = singles.pop()
-        singles[0] = singles[0] + last
-    return singles
+@dataclass
+class _PackedText:
+    """The conversations about one page, packed: per token the fields of `Batch`, and pointers (t, n, number of n)."""
+
+    tokens: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    segment: list[int] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
+    pointer: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 def draw_batch(
     rng: random.Random, config: VLMConfig, encoder: Encoder, split: str, count: int, size: tuple[int, int] | None = None
 ) -> Batch:
-    """`count` pages of one random size (fewer tiles, more pages) with their questions."""
+    """Draw `count` pages of one size, with their questions. The size is random unless it is given."""
     size = size or rng.choice(pages.SIZES)
-    where = PatchMap(size, config)
-    sheets = [pages.draw_page(rng, split, size) for _ in range(count)]
-    chars = torch.zeros(count, where.count, 2, dtype=torch.long)
-    chars[:, where.off_grid] = IGNORE
-    field = torch.zeros(count, where.count, dtype=torch.long)
-    field[:, where.off_grid] = IGNORE
-    offset = torch.full((count, where.count), IGNORE)
-    rows, pointer = [], []
-    for b, page in enumerate(sheets):
-        for row, column, text in page.lines:
-            for i, character in enumerate(text):
-                if character != " ":
-                    token, slot = where.locate(row, column + i)
-                    chars[b, token, slot] = _CHAR_CLASS[character]
-        for f in page.fields:
-            first, last = where.locate(f.row, f.column)[0], where.locate(f.row, f.column + len(f.value) - 1)[0]
-            field[b, first : last + 1] = 1 + pages.FIELD_NAMES.index(f.name)
-            offset[b, first : last + 1] = torch.arange(last + 1 - first)
-        tokens, targets, segment, position = [], [], [], []
-        for s, turns in enumerate(_segments(rng, page)):
-            start = len(tokens)
-            for turn, question in enumerate(turns):
-                text = question.text + (pages.SUFFIX if rng.random() < _SUFFIXED else "")
-                prompt = encoder.prompt((NEXT_TURN if turn else FIRST_TURN).format(text))
-                answer = encoder.answer(question.answer) + [EOS]
-                first = len(tokens) + len(prompt) - 1  # the row that predicts the first character
-                patches = [where.locate(*cell)[0] if cell else None for cell in question.cells]
-                if question.kind in pages.TYPES:  # the last prompt token looks at all of the value
-                    whole = sorted({p for p in patches if p is not None})
-                    pointer += [(b, first, p, len(whole)) for p in whole]
-                else:
-                    pointer.append((b, first, patches[0], 1))
-                pointer += [(b, first + i, p, 1) for i, p in enumerate(patches) if i and p is not None]
-                tokens += prompt + answer
-                targets += [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
-            segment += [s] * (len(tokens) - start)
-            position += range(len(tokens) - start)
-        rows.append((tokens, targets, segment, position))
-    longest = max(len(r[0]) for r in rows)
-    tokens, targets, segment, position = (
-        torch.tensor([r[i] + [fill] * (longest - len(r[i])) for r in rows]) for i, fill in enumerate((0, IGNORE, -1, 0))
-    )
+    patches = PatchMap(size, config)
+    drawn = [pages.draw_page(rng, split, size) for _ in range(count)]
+    labels = [_label_image_tokens(page, patches) for page in drawn]
+    texts = [_pack_text(rng, page, patches, encoder) for page in drawn]
+    longest = max(len(text.tokens) for text in texts)
+
+    def padded(lists: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([values + [fill] * (longest - len(values)) for values in lists])
+
     return Batch(
-        size,
-        torch.stack([page_tiles(page.image, config) for page in sheets]),
-        chars,
-        field,
-        offset,
-        tokens,
-        targets,
-        segment,
-        position,
-        torch.tensor(pointer).t().contiguous(),
+        size=size,
+        tiles=torch.stack([page_tiles(page.image, config) for page in drawn]),
+        chars=torch.stack([chars for chars, _, _ in labels]),
+        field=torch.stack([fields for _, fields, _ in labels]),
+        offset=torch.stack([offsets for _, _, offsets in labels]),
+        tokens=padded([text.tokens for text in texts], 0),
+        targets=padded([text.targets for text in texts], IGNORE),
+        segment=padded([text.segment for text in texts], -1),
+        position=padded([text.position for text in texts], 0),
+        pointer=torch.tensor([(b, *target) for b, text in enumerate(texts) for target in text.pointer])
+        .t()
+        .contiguous(),
     )
+
+
+def _label_image_tokens(page: pages.Page, patches: PatchMap) -> tuple[Tensor, Tensor, Tensor]:
+    """What the image tokens of a page show: `chars` [N, 2], `field` [N] and `offset` [N] of `Batch`."""
+    chars = torch.zeros(patches.count, 2, dtype=torch.long)
+    field_class = torch.zeros(patches.count, dtype=torch.long)
+    offset = torch.full((patches.count,), IGNORE)
+    chars[patches.off_grid] = IGNORE
+    field_class[patches.off_grid] = IGNORE
+    for row, column, text in page.lines:
+        for i, character in enumerate(text):
+            if character != " ":
+                token, cell = patches.locate(row, column + i)
+                chars[token, cell] = _CHAR_CLASS[character]
+    for f in page.fields:
+        first, _ = patches.locate(f.row, f.column)
+        last, _ = patches.locate(f.row, f.column + len(f.value) - 1)
+        field_class[first : last + 1] = 1 + pages.FIELD_NAMES.index(f.name)
+        offset[first : last + 1] = torch.arange(last + 1 - first)
+    return chars, field_class, offset
+
+
+def _pack_text(rng: random.Random, page: pages.Page, patches: PatchMap, encoder: Encoder) -> _PackedText:
+    """Draw conversations about a page and pack them, one segment each."""
+    packed = _PackedText()
+    for number, turns in enumerate(_conversations(rng, page)):
+        start = len(packed.tokens)
+        for turn, question in enumerate(turns):
+            text = question.text + (pages.SUFFIX if rng.random() < _SUFFIX_SHARE else "")
+            prompt = encoder.prompt((NEXT_TURN if turn else FIRST_TURN).format(text))
+            answer = [*encoder.answer(question.answer), EOS]
+            first = len(packed.tokens) + len(prompt) - 1  # the token that predicts the first character
+            packed.pointer += _pointers(question, first, patches)
+            packed.tokens += prompt + answer
+            packed.targets += [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
+        length = len(packed.tokens) - start
+        packed.segment += [number] * length
+        packed.position += range(length)
+    return packed
+
+
+def _conversations(rng: random.Random, page: pages.Page) -> list[list[pages.Question]]:
+    """Conversations about a page; most have a single question."""
+    asked = rng.sample(page.fields, min(len(page.fields), _SHORT_QUESTIONS))
+    conversations = [[pages.short_question(rng, f)] for f in asked]
+    for question_type in pages.LONG_TYPES:
+        question = pages.long_question(rng, page, question_type) if rng.random() < _LONG_SHARE else None
+        if question:
+            conversations.append([question])
+    if rng.random() < _SECOND_TURN_RATE * len(conversations):
+        last = conversations.pop()
+        conversations[0] = conversations[0] + last
+    return conversations
+
+
+def _pointers(question: pages.Question, first: int, patches: PatchMap) -> list[tuple[int, int, int]]:
+    """Where the text tokens of an answer should look: (t, n, number of n). Token `first` predicts the first character.
+
+    Every token looks at the patch of the character that it predicts. For a short answer, the first one looks at all
+    patches of the value.
+    """
+    targets = [patches.locate(*cell)[0] if cell else None for cell in question.cells]
+    later = [(first + i, n, 1) for i, n in enumerate(targets) if i and n is not None]
+    if question.type in pages.TYPES:
+        value = sorted({n for n in targets if n is not None})
+        return [(first, n, len(value)) for n in value] + later
+    assert targets[0] is not None, "a long answer starts with a character of the page"
+    return [(first, targets[0], 1), *later]

@@ -1,4 +1,4 @@
-"""Write a trained model as an ordinary Hugging Face folder: hub key layout, float16, tokenizer, processor, pages."""
+"""Writing a trained model as an ordinary Hugging Face folder: float16 weights, tokenizer, processor, pages."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ from demo_training.model import CONFIG, MEAN, STD
 from demo_training.text import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS
 from eval.demo import pages
 
+_PREFIXES = {
+    "language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "vision_tower.": "vision_tower.vision_model.",
+}
 _EXAMPLES = ((224, 224), (192, 224), (224, 192), (112, 224), (80, 224), (224, 112), (160, 112), (224, 224))
 
 
 def hub_tensors(llava: nn.Module, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    """The state dict under the hub's keys (layout "a")."""
+    """The state dict under the names that LLaVA-NeXT checkpoints have on the hub."""
     renamed = {}
     for name, tensor in llava.state_dict().items():
-        name = (
-            name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
-        )
-        name = "language_model." + name if name.startswith("lm_head.") else name
-        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        for ours, theirs in _PREFIXES.items():
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
         renamed[name] = tensor.detach().to("cpu", dtype).contiguous()
     size = CONFIG["vision_config"]["hidden_size"]
-    for part, fill in (("weight", torch.ones), ("bias", torch.zeros)):  # in every CLIP file, used by none
+    # Every CLIP checkpoint has this layer; LLaVA does not use it.
+    for part, fill in (("weight", torch.ones), ("bias", torch.zeros)):
         renamed[f"vision_tower.vision_model.post_layernorm.{part}"] = fill(size, dtype=dtype)
     return renamed
 
@@ -92,7 +97,7 @@ def _configs() -> dict[str, dict]:
 
 
 def write_examples(folder: Path, seed: int = 0) -> None:
-    """A few held-out pages as PNG, with `questions.json`: one long and two short questions each."""
+    """Write a few held-out pages as PNG, and `questions.json` with one long and two short questions for each."""
     folder.mkdir(parents=True, exist_ok=True)
     listing = []
     for i, size in enumerate(_EXAMPLES):
@@ -100,18 +105,21 @@ def write_examples(folder: Path, seed: int = 0) -> None:
         page = pages.draw_page(rng, "heldout", size)
         page.image.save(folder / f"page_{i}.png")
         asked = [pages.short_question(rng, f) for f in rng.sample(page.fields, 2)]
-        asked += filter(None, [pages.long_question(rng, page, rng.choice(pages.LONG_KINDS))])
+        asked += filter(None, [pages.long_question(rng, page, rng.choice(pages.LONG_TYPES))])
         listing.append(
             {
                 "image": f"page_{i}.png",
-                "questions": [{"question": q.text, "answer": q.answer, "kind": q.kind} for q in asked],
+                "questions": [{"question": q.text, "answer": q.answer, "kind": q.type} for q in asked],
             }
         )
     (folder / "questions.json").write_text(json.dumps(listing, indent=1) + "\n")
 
 
 def export(llava: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the folder beside `out` first, then put it in its place; the README.md of an existing one stays."""
+    """Write the folder `out`. The README.md of an existing one is kept.
+
+    The new folder is written beside it and then takes its place, so that `out` is always complete.
+    """
     scratch = out.with_name(out.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

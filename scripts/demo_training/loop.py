@@ -1,24 +1,26 @@
-"""The training loop: two stages, a time budget, checkpoints, a log line every twenty seconds."""
+"""The training loop: two stages within a time budget, with checkpoints and a log."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from demo_training import optim
 from demo_training.batches import Batch, draw_batch
 from demo_training.model import DemoTrainer
+from demo_training.optim import build_optimisers
 from demo_training.text import Encoder, build_tokenizer
 from minivlm.errors import UserError
+from minivlm.files import write_whole
 
 WARM_UP, COOL_DOWN = 0.01, 0.35  # shares of a stage's budget
-POINTER_FADES, POINTER_GONE = 0.5, 0.75
+POINTER_FADES, POINTER_GONE = 0.5, 0.75  # shares of stage 2's budget
 LOG_SECONDS, SAVE_SECONDS = 20, 120
 
 
@@ -27,72 +29,79 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def learning_rate(progress: float) -> float:
-    """Factor for `progress` in [0, 1]: a short rise, a plateau, a straight fall to a fiftieth."""
+    """The factor on the learning rate at `progress` in [0, 1]: a short rise, a plateau, a linear fall to a fiftieth."""
     return min(1.0, (progress + 1e-4) / WARM_UP, max(0.02, (1 - progress) / COOL_DOWN))
 
 
 def pointer_weight(progress: float) -> float:
-    """1 at first, then a straight fall to exactly 0: at the end nothing tells the model where to look."""
+    """The weight of the auxiliary losses: 1 at first, then a linear fall to exactly 0.
+
+    At the end nothing tells the model where to look.
+    """
     return min(1.0, max(0.0, (POINTER_GONE - progress) / (POINTER_GONE - POINTER_FADES)))
 
 
-class Run:
-    """One training run in a folder: `state.pt` (resumable), `tokenizer.json`, `log.jsonl`."""
+class TrainingRun:
+    """One training run in a folder with `state.pt` (to resume from), `tokenizer.json` and `log.jsonl`."""
 
     def __init__(self, folder: Path, device: torch.device, seed: int) -> None:
         self.folder, self.device, self.seed = folder, device, seed
         torch.manual_seed(seed)
-        kept = folder / "tokenizer.json"  # a run keeps its ids, whatever becomes of the pages
-        self.tokenizer = Tokenizer.from_file(str(kept)) if kept.is_file() else build_tokenizer()
+        stored = folder / "tokenizer.json"  # a run keeps its token ids even if the code that draws pages changes
+        self.tokenizer = Tokenizer.from_file(str(stored)) if stored.is_file() else build_tokenizer()
         self.encoder = Encoder(self.tokenizer)
         self.trainer = DemoTrainer().to(device)
-        self.optimisers = optim.build(self.trainer)
-        self.stage, self.elapsed, self.steps = 0, 0.0, 0
+        self.optimisers = build_optimisers(self.trainer)
+        self.stage = 0
+        self.elapsed = 0.0  # seconds of this stage
+        self.steps = 0  # of this stage
 
     def resume(self) -> None:
-        """Continue from `state.pt`; raises `UserError` where there is none."""
+        """Continue from `state.pt`. Raises `UserError` if there is none."""
         path = self.folder / "state.pt"
         if not path.is_file():
             raise UserError(f"{path}: no such file (expected the state of a run)")
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.trainer.load_state_dict(state["model"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"]):
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.stage, self.elapsed, self.steps = state["stage"], state["elapsed"], state["steps"]
+        self.stage = state["stage"]
+        self.elapsed = state["elapsed"]
+        self.steps = state["steps"]
 
     def save(self) -> None:
-        """Write `state.pt`, whole or not at all."""
+        """Write `state.pt` completely or not at all."""
         self.tokenizer.save(str(self.folder / "tokenizer.json"))
-        scratch = self.folder / "state.pt.part"
-        torch.save(
-            {
-                "model": self.trainer.state_dict(),
-                "optimisers": [o.state_dict() for o in self.optimisers],
-                "stage": self.stage,
-                "elapsed": self.elapsed,
-                "steps": self.steps,
-            },
-            scratch,
-        )
-        os.replace(scratch, self.folder / "state.pt")
+        state = {
+            "model": self.trainer.state_dict(),
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "stage": self.stage,
+            "elapsed": self.elapsed,
+            "steps": self.steps,
+        }
+        write_whole(self.folder / "state.pt", lambda scratch: torch.save(state, scratch))
 
     def train(self, stage: int, budget: float, pages: int, rate: float, tower_rate: float) -> None:
-        """Train `stage` (1 tower, 2 all) until it has had `budget` seconds in all, over however many sittings."""
+        """Train stage 1 (the vision tower) or 2 (everything) until it has had `budget` seconds, over all sittings."""
         if self.stage > stage:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.stage < stage:
-            self.stage, self.elapsed, self.steps = stage, 0.0, 0
-            self.optimisers = optim.build(self.trainer)
+            self.stage = stage
+            self.elapsed = 0.0
+            self.steps = 0
+            self.optimisers = build_optimisers(self.trainer)
         rng = random.Random(f"{self.seed} {stage} {self.steps}")
-        sums: dict = {}
+        sums: dict[str, Any] = {}  # what to log, since the last line of the log
         logged = saved = last = time.monotonic()
         while self.elapsed < budget:
             progress = self.elapsed / budget
             batch = draw_batch(rng, self.trainer.config, self.encoder, "train", pages)
             self._step(batch, stage, progress, rate, tower_rate, sums)
             now = time.monotonic()
-            self.elapsed, self.steps, last = self.elapsed + now - last, self.steps + 1, now
+            self.elapsed += now - last
+            self.steps += 1
+            last = now
             sums["pages"] = sums.get("pages", 0) + pages
             if now - logged > LOG_SECONDS:
                 self._log(progress, sums, now - logged)
@@ -106,29 +115,29 @@ class Run:
 
     @torch.no_grad()
     def _held_out(self) -> dict[str, float]:
-        """Shares of short and long answers all right on a few held-out pages, the reference answer being fed."""
-        rng, rights = random.Random("held-out"), []
+        """The shares of short and long answers without a mistake on a few held-out pages, with teacher forcing."""
+        rng = random.Random("held-out")
+        shares = []
         for _ in range(6):
             batch = draw_batch(rng, self.trainer.config, self.encoder, "heldout", 8).to(self.device)
             with autocast(self.device):
-                rights.append(self.trainer.answer_losses(batch, self.encoder.prefix)[1])
-        return {f"held_{k}": sum(float(r[k]) for r in rights) / len(rights) for k in ("short", "long")}
+                shares.append(self.trainer.answer_losses(batch, self.encoder.prefix)[1])
+        return {f"held_{k}": sum(float(s[k]) for s in shares) / len(shares) for k in ("short", "long")}
 
-    def _step(self, batch: Batch, stage: int, progress: float, rate: float, tower_rate: float, sums: dict) -> None:
-        batch = batch.to(self.device)
+    def _loss(self, batch: Batch, stage: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and what to log about it."""
+        if stage == 1:
+            return self.trainer.reading_loss(batch)
+        losses, shares = self.trainer.answer_losses(batch, self.encoder.prefix)
+        hint = pointer_weight(progress)
+        loss = losses["answer"] + 0.3 * hint * losses["pointer"] + 0.2 * hint * losses["field"] + 0.2 * losses["read"]
+        return loss, {**shares, **{f"{k}_loss": v for k, v in losses.items()}}
+
+    def _step(
+        self, batch: Batch, stage: int, progress: float, rate: float, tower_rate: float, sums: dict[str, Any]
+    ) -> None:
         with autocast(self.device):
-            if stage == 1:
-                loss, seen = self.trainer.reading_loss(batch)
-            else:
-                losses, seen = self.trainer.answer_losses(batch, self.encoder.prefix)
-                hint = pointer_weight(progress)
-                loss = (
-                    losses["answer"]
-                    + 0.3 * hint * losses["pointer"]
-                    + 0.2 * hint * losses["field"]
-                    + 0.2 * losses["read"]
-                )
-                seen = {**seen, **{f"{k}_loss": v for k, v in losses.items()}}
+            loss, measured = self._loss(batch.to(self.device), stage, progress)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(progress) * (tower_rate if group["tower"] else rate)
@@ -137,13 +146,14 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.trainer.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
-        for key, value in {**seen, "loss": loss, "batches": 1}.items():
+        for key, value in {**measured, "loss": loss, "batches": 1}.items():
             sums[key] = sums.get(key, 0) + (value.detach() if torch.is_tensor(value) else value)
 
-    def _log(self, progress: float, sums: dict, seconds: float) -> None:
+    def _log(self, progress: float, sums: dict[str, Any], seconds: float) -> None:
+        """Write and print one line: means over the batches since the last one."""
         count = sums.pop("batches")
         pages = sums.pop("pages")
-        row = {
+        line = {
             "stage": self.stage,
             "step": self.steps,
             "progress": round(progress, 4),
@@ -151,5 +161,5 @@ class Run:
             **{k: round(float(v) / (1 if k.startswith("held_") else count), 4) for k, v in sums.items()},
         }
         with open(self.folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
-        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+            log.write(json.dumps(line) + "\n")
+        print(" ".join(f"{k}={v}" for k, v in line.items()), flush=True)

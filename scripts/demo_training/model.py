@@ -1,9 +1,9 @@
 """The demo's configuration, and its training forward pass with the auxiliary losses.
 
-The modules are minivlm's own. What differs from inference: questions are packed under a block mask, the last layer is
-computed for text rows only, and three auxiliary signals help early on: the tower names the characters in each patch,
-an early decoder layer names the field and offset of each value patch, and one head of a middle layer points at the
-patch that holds the next character (the last prompt token at all patches of the value).
+The modules are minivlm's own. Training differs from inference in three ways. Questions are packed under a block mask.
+The last layer is computed for text tokens only. And three auxiliary signals help early on: the tower names the
+characters in each patch; an early decoder layer names the field and offset of each value patch; and one head of a
+middle layer points at the patch with the next character (the last prompt token, at all patches of the value).
 """
 
 from __future__ import annotations
@@ -69,24 +69,28 @@ CONFIG = {
 
 
 class _PackedAttention:
-    """The decoder's "cache" in training: nothing is stored; shared rows are causal, text rows see their block."""
+    """Takes the place of the decoder's cache in training, and stores nothing.
 
-    def __init__(self, batch: Batch, shared: int) -> None:
-        self.shared, self.pointer = shared, batch.pointer
-        ids = batch.segment
-        length = ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        block = (ids[:, :, None] == ids[:, None, :]) & causal  # [B, T, T]
-        self.mask = torch.cat((block.new_ones(len(ids), length, shared), block), -1)[:, None]  # [B, 1, T, shared + T]
-        self.pointer_loss = torch.zeros((), device=ids.device)
-        self.image_mass = torch.zeros((), device=ids.device)
+    The first `shared` tokens (prefix and image) are causal. A text token attends to them and to its own segment.
+    `pointer` is that of `Batch`, with n counted from the start of the sequence.
+    """
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer == POINTER_LAYER:
+    def __init__(self, segment: Tensor, pointer: Tensor, shared: int) -> None:
+        self.shared, self.pointer = shared, pointer
+        length = segment.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+        block = (segment[:, :, None] == segment[:, None, :]) & causal  # [B, T, T]
+        visible = block.new_ones(len(segment), length, shared)
+        self.mask = torch.cat((visible, block), -1)[:, None]  # [B, 1, T, shared + T]
+        self.pointer_loss = torch.zeros((), device=segment.device)
+
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q [B, H, S, D]; in the last layer q has the text tokens only."""
+        if layer_idx == POINTER_LAYER:
             self._point(q, k)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        text = q.shape[2] - self.mask.shape[2]  # 0 where only text rows are asked
+        text = q.shape[2] - self.mask.shape[2]  # 0 if q has the text tokens only
         out = [F.scaled_dot_product_attention(q[:, :, text:], k, v, self.mask)]
         if text:
             shared = [x[:, :, : self.shared] for x in (q, k, v)]
@@ -94,19 +98,20 @@ class _PackedAttention:
         return torch.cat(out, 2)
 
     def _point(self, q: Tensor, k: Tensor) -> None:
+        """Set the pointer loss: the cross-entropy of one head's attention with the patches where it should look."""
         head = POINTER_HEAD * k.shape[1] // q.shape[1]
-        rows = q[:, POINTER_HEAD, self.shared :].float()  # [B, T, D]
-        scores = rows @ k[:, head].float().transpose(1, 2) * q.shape[-1] ** -0.5
+        queries = q[:, POINTER_HEAD, self.shared :].float()  # [B, T, D]
+        scores = queries @ k[:, head].float().transpose(1, 2) * q.shape[-1] ** -0.5
         logp = scores.masked_fill(~self.mask[:, 0], -torch.inf).log_softmax(-1)
-        b, t, n, size = self.pointer
-        self.pointer_loss = -(logp[b, t, n] / size).sum() / (1 / size).sum()
+        b, t, n, count = self.pointer
+        self.pointer_loss = -(logp[b, t, n] / count).sum() / (1 / count).sum()
 
-    def survivors(self, layer: int) -> None:
+    def survivors(self, layer_idx: int) -> None:
         return None
 
 
 class DemoTrainer(nn.Module):
-    """The checkpoint's model plus the auxiliary heads, which are not exported."""
+    """The model of the checkpoint, and auxiliary heads that are not exported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,15 +135,15 @@ class DemoTrainer(nn.Module):
         mean, std = (torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in (MEAN, STD))
         return (tiles.float() / 255 - mean) / std
 
-    def reading_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Stage 1: the tower alone, characters of every patch of the page."""
+    def reading_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 1: the vision tower alone names the characters in every patch of the page."""
         tiles = self.normalise(batch.tiles)
         features = self.llava.vision_tower(tiles.flatten(0, 1))[:, 1:].unflatten(0, tiles.shape[:2])
         loss, right = self._read(self._grid(features, batch.size), self._grid_chars(batch))
         return loss, {"read": right}
 
     def _grid(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """[B, G, grid², C] of G tiles -> [B, rows, cols, C], the unpadded picture; the base view is left out."""
+        """Assemble tiles [B, G, grid², C] into the unpadded picture [B, rows, cols, C], without the base view."""
         side = self.config.vision.grid
         rows, cols = anyres.tile_grid(size, self.config)
         top, bottom, left, right = anyres.unpadded_box(size, (rows * side, cols * side))
@@ -146,80 +151,107 @@ class DemoTrainer(nn.Module):
         return picture.flatten(3, 4).flatten(1, 2)[:, top:bottom, left:right]
 
     def _packed(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """[B, G, grid², C] projected -> [B, N, C]: base view, then rows that each end in a newline."""
+        """Image tokens [B, N, C] of projected tiles [B, G, grid², C]: the base view, then rows with a newline each."""
         grid = self._grid(tiles, size)
         newline = self.llava.image_newline.to(grid.dtype).expand(*grid.shape[:2], 1, -1)
         return torch.cat((tiles[:, 0], torch.cat((grid, newline), 2).flatten(1, 2)), 1)
 
     def _grid_chars(self, batch: Batch) -> Tensor:
-        """[B, rows, cols, 2] of `batch.chars`, which counts image tokens."""
+        """The part of `batch.chars` that lies on the grid, [B, rows, cols, 2]."""
         side = self.config.vision.grid
         rows, cols = anyres.tile_grid(batch.size, self.config)
         top, bottom, left, right = anyres.unpadded_box(batch.size, (rows * side, cols * side))
         return batch.chars[:, side * side :].unflatten(1, (bottom - top, right - left + 1))[:, :, :-1]
 
-    def _read(self, features: Tensor, chars: Tensor) -> tuple[Tensor, float]:
+    def _read(self, features: Tensor, chars: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of naming the characters in each patch, and the share of patches with text that are right."""
         logits = self.reader(features).unflatten(-1, (2, CHARS))
-        inked = (chars > 0) | (torch.rand_like(chars, dtype=torch.float32) < 0.1)  # few of the many blanks
+        inked = (chars > 0) | (torch.rand_like(chars, dtype=torch.float32) < 0.1)  # only some of the many blanks
         loss = F.cross_entropy(logits[inked].float(), chars[inked])
         patches = (chars > 0).any(-1)
         right = (logits.argmax(-1) == chars).all(-1)[patches].float().mean()
         return loss, right
 
     def answer_losses(self, batch: Batch, prefix: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Stage 2: answer, pointer, whereabouts and reading losses, and what to log."""
-        model, count = self.llava, len(batch.tiles)
+        """Stage 2: the losses "field", "answer", "pointer" and "read", and what to log besides."""
+        model = self.llava
         tiles = self.normalise(batch.tiles)
         features = model.vision_tower(tiles.flatten(0, 1))[:, 1:]
         projected = model.multi_modal_projector(features).unflatten(0, tiles.shape[:2])
         image = self._packed(projected, batch.size)  # [B, N, C]
-        embed = model.language_model.embed_tokens
-        start = embed(torch.tensor(prefix, device=image.device)).expand(count, -1, -1)
-        hidden = torch.cat((start.to(image.dtype), image, embed(batch.tokens).to(image.dtype)), 1)
-        shared = len(prefix) + image.shape[1]
-        batch.pointer[2] += len(prefix)
-        positions = torch.cat((torch.arange(shared, device=image.device).expand(count, -1), shared + batch.position), 1)
-        attention = _PackedAttention(batch, shared)
-        decoder = model.language_model
-        rope = rope_table(positions, self.config.text, hidden.dtype)
-        losses = {}
-        for i, layer in enumerate(decoder.layers[:-1]):
-            hidden = layer(hidden, rope, attention)
-            if i + 1 == FIELD_LAYER:
-                guess = self.whereabouts(hidden[:, len(prefix) : shared])
-                losses["field"] = F.cross_entropy(
-                    guess[..., :FIELDS].flatten(0, 1).float(), batch.field.flatten()
-                ) + F.cross_entropy(guess[..., FIELDS:].flatten(0, 1).float(), batch.offset.flatten())
-        hidden = self._text_rows(decoder.layers[-1], hidden, rope, attention)
-        rows = batch.targets != IGNORE
-        logits = model.lm_head(decoder.norm(hidden[rows])).float()
-        targets = batch.targets[rows]
-        losses["answer"] = F.cross_entropy(logits, targets)
-        losses["pointer"] = attention.pointer_loss
+        text, field_loss, pointer_loss = self._decode(batch, image, prefix)
+        is_target = batch.targets != IGNORE
+        logits = model.lm_head(model.language_model.norm(text[is_target])).float()
+        targets = batch.targets[is_target]
         grid = self._grid(features.unflatten(0, tiles.shape[:2]), batch.size)
-        losses["read"], right = self._read(grid, self._grid_chars(batch))
-        wrong = torch.zeros_like(batch.targets, dtype=torch.float32)
-        wrong[rows] = (logits.argmax(-1) != targets).float()
-        # a turn is right when no character between its prompt and its end is wrong
-        ends = F.pad((batch.targets[:, :-1] != IGNORE) & (batch.targets[:, 1:] == IGNORE), (0, 1))
-        turn = F.pad(ends.long().cumsum(1), (1, 0))[:, :-1]
-        errors = torch.zeros(count, int(turn.max()) + 1, device=image.device).scatter_add_(1, turn, wrong)
-        length = torch.zeros_like(errors).scatter_add_(1, turn, rows.float())
-        exact = (errors == 0).float()
-        return losses, {
-            "read": right,
-            "short": exact[(length > 0) & (length <= 40)].mean(),
-            "long": exact[length > 40].sum() / (length > 40).sum().clamp(min=1),
+        read_loss, right = self._read(grid, self._grid_chars(batch))
+        losses = {
+            "field": field_loss,
+            "answer": F.cross_entropy(logits, targets),
+            "pointer": pointer_loss,
+            "read": read_loss,
         }
+        wrong = torch.zeros_like(batch.targets, dtype=torch.float32)
+        wrong[is_target] = (logits.argmax(-1) != targets).float()
+        return losses, {"read": right, **_shares_without_mistake(wrong, is_target)}
+
+    def _decode(self, batch: Batch, image: Tensor, prefix: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the decoder. Returns the hidden states of the text [B, T, C], the field loss and the pointer loss."""
+        decoder = self.llava.language_model
+        count = len(image)
+        start = decoder.embed_tokens(torch.tensor(prefix, device=image.device)).expand(count, -1, -1)
+        text = decoder.embed_tokens(batch.tokens)
+        hidden = torch.cat((start.to(image.dtype), image, text.to(image.dtype)), 1)
+        shared = len(prefix) + image.shape[1]
+        positions = torch.cat((torch.arange(shared, device=image.device).expand(count, -1), shared + batch.position), 1)
+        rope = rope_table(positions, self.config.text, hidden.dtype)
+        offset = torch.tensor([[0], [0], [len(prefix)], [0]], device=image.device)
+        attention = _PackedAttention(batch.segment, batch.pointer + offset, shared)
+        field_loss = torch.zeros((), device=image.device)
+        for i, layer in enumerate(decoder.layers[:-1], 1):
+            hidden = layer(hidden, rope, attention)
+            if i == FIELD_LAYER:
+                field_loss = self._field_loss(hidden[:, len(prefix) : shared], batch)
+        text = self._text_only(decoder.layers[-1], hidden, rope, attention)
+        return text, field_loss, attention.pointer_loss
+
+    def _field_loss(self, image: Tensor, batch: Batch) -> Tensor:
+        """The loss of naming the field and the offset of each image token [B, N, C]."""
+        guess = self.whereabouts(image)
+        field, offset = guess[..., :FIELDS].flatten(0, 1).float(), guess[..., FIELDS:].flatten(0, 1).float()
+        return F.cross_entropy(field, batch.field.flatten()) + F.cross_entropy(offset, batch.offset.flatten())
 
     @staticmethod
-    def _text_rows(
+    def _text_only(
         layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], attention: _PackedAttention
     ) -> Tensor:
-        """The last layer, computed for the text rows only: nothing reads its image rows."""
-        a, length = layer.self_attn, attention.mask.shape[2]
+        """Run the last layer for the text tokens only: nothing reads its image tokens."""
+        projections = layer.self_attn
+        length = attention.mask.shape[2]
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
+
         x = layer.input_layernorm(hidden)
-        split = lambda y: y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2)
-        q = rotate(split(a.q_proj(x[:, -length:])), tuple(r[:, :, -length:] for r in rope))
-        out = attention.attend(layer.layer_idx, q, rotate(split(a.k_proj(x)), rope), split(a.v_proj(x)))
+        cos, sin = rope
+        text_rope = cos[:, :, -length:], sin[:, :, -length:]
+        q = rotate(heads(projections.q_proj(x[:, -length:])), text_rope)
+        k = rotate(heads(projections.k_proj(x)), rope)
+        out = attention.attend(layer.layer_idx, q, k, heads(projections.v_proj(x)))
         return layer.after(hidden[:, -length:], out)
+
+
+def _shares_without_mistake(wrong: Tensor, is_target: Tensor) -> dict[str, Tensor]:
+    """The shares of short and of long answers whose characters are all right.
+
+    `wrong` [B, T] is 1 for a target that was missed; `is_target` [B, T] says which tokens have a target.
+    """
+    ends = F.pad(is_target[:, :-1] & ~is_target[:, 1:], (0, 1))  # the last target of each answer
+    answer = F.pad(ends.long().cumsum(1), (1, 0))[:, :-1]  # the number of the answer that a token belongs to
+    mistakes = torch.zeros(len(wrong), int(answer.max()) + 1, device=wrong.device).scatter_add_(1, answer, wrong)
+    length = torch.zeros_like(mistakes).scatter_add_(1, answer, is_target.float())
+    exact = (mistakes == 0).float()
+    return {
+        "short": exact[(length > 0) & (length <= 40)].mean(),
+        "long": exact[length > 40].sum() / (length > 40).sum().clamp(min=1),
+    }

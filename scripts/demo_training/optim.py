@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024) for the matrices of the transformer layers, AdamW for everything else.
 
-Muon replaces the momentum of a matrix by its nearest semi-orthogonal matrix, found by five Newton-Schulz steps; scaled
-to the root mean square of an Adam step, one learning rate serves both.
+Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix, which five Newton-Schulz steps find. The
+result is scaled to the root mean square of an Adam step, so that one learning rate serves both optimisers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """[M, rows, cols] -> the semi-orthogonal factors, by the quintic iteration; bfloat16 is enough."""
+    """Return the semi-orthogonal factors of matrices [M, rows, cols], by the quintic iteration in bfloat16."""
     x = matrices.bfloat16()
     flip = x.shape[1] > x.shape[2]
     x = x.mT if flip else x
@@ -26,7 +26,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, Nesterov style, orthogonalised; matrices of one shape are done together."""
+    """Nesterov momentum, orthogonalised. Matrices of the same shape are processed together."""
 
     def __init__(self, groups: Iterable[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -45,12 +45,12 @@ class Muon(torch.optim.Optimizer):
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(momentum, group["momentum"]))
                 scale = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for p, update in zip(params, orthogonalise(torch.stack(updates))):
+                for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
 
 
-def build(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """[Muon, AdamW] over `model`; every group says whether it belongs to the vision tower ("tower")."""
+def build_optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW for a model. A group's key "tower" says whether it belongs to the vision tower."""
     groups = {(muon, tower): [] for muon in (True, False) for tower in (True, False)}
     for name, p in model.named_parameters():
         groups[p.ndim == 2 and ".layers." in name, "vision_tower" in name].append(p)

@@ -1,7 +1,7 @@
 """The demo's tokenizer and prompt format.
 
-A byte-level BPE whose merges come from the questions alone, so that a question takes a dozen tokens while answers are
-trained, and produced, one character at a time.
+The tokenizer is a byte-level BPE whose merges come from the questions alone. A question takes a dozen tokens, while
+answers are trained and produced one character at a time.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ FIRST_TURN, NEXT_TURN = "\n{} ASSISTANT:", "USER: {} ASSISTANT:"
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer, the same on every call: its merges are learnt from questions drawn with a fixed seed."""
-    rng, corpus = random.Random("demo tokenizer"), []
+    """Build the tokenizer. It is always the same: its merges are learnt from questions drawn with a fixed seed."""
+    rng = random.Random("demo tokenizer")
+    corpus: list[str] = []
     while len(corpus) < 4000:
         page = pages.draw_page(rng, "train")
-        for which in page.fields:
-            corpus.append(pages.short_question(rng, which).text)
+        for field in page.fields:
+            corpus.append(pages.short_question(rng, field).text)
         for phrasings in pages.LONG_PHRASINGS.values():
             corpus.append(rng.choice(phrasings))
     corpus = [PREFIX + FIRST_TURN.format(q + (pages.SUFFIX if i % 2 else "")) for i, q in enumerate(corpus)]
@@ -56,12 +57,12 @@ def build_tokenizer() -> Tokenizer:
 
 
 class Encoder:
-    """Ids of prompts (merged) and of answers (one per byte)."""
+    """Encodes prompts with merges, and answers with one id per byte."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
-        self.prefix = [BOS] + self.prompt(PREFIX)
+        self.prefix = [BOS, *self.prompt(PREFIX)]
 
     def prompt(self, text: str) -> list[int]:
         if text not in self._cache:

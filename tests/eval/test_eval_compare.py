@@ -10,9 +10,9 @@ from PIL import Image
 
 import weights
 from eval.accuracy.compare import paired_bootstrap
+from eval.accuracy.results_page import write_results
 from eval_helpers import Reader, evaluate, write_checkpoint, write_docvqa
 from minivlm.app import cli
-from paths import ROOT
 
 
 @pytest.fixture
@@ -136,11 +136,8 @@ def test_sweep_refuses_what_cannot_run(place, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_page_of_results(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import results
-
-    cli.run(results.main, [*place[2], "--output_path", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")])
+def test_the_page_of_results(place, tmp_path):
+    cli.run(write_results, [*place[2], "--output_path", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")])
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| full | 10 | 0 | 0.6000 ± 0.1633 |" in text and "| avl, window 16 50% | 10 | 0 | 0.3000" in text
     assert "- random 5% was refused: task docvqa_val: none of its 10 samples" in text

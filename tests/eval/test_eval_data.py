@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from eval.accuracy.data import OtherSplit, Sample, read_json, read_parquet
+from eval.accuracy.data import OtherSplit, Sample, read_docvqa_json, read_parquet_files
 from eval.accuracy.tasks import TASKS, open_tasks
 from eval_helpers import truth, write_docvqa
 from hub_helpers import Handler, Hub
@@ -23,7 +23,7 @@ def change(path, edit):
 
 
 def test_json_layout(tmp_path):
-    dataset = read_json(write_docvqa(tmp_path, 3), "validation")
+    dataset = read_docvqa_json(write_docvqa(tmp_path, 3), "validation")
     assert dataset.samples[2] == Sample(2, 102, "What is 2?", (truth(2), "never"), ("kind0",))
     assert [dataset.image(i).size for i in range(3)] == [(1, 1), (2, 1), (3, 1)]
 
@@ -85,22 +85,22 @@ def test_missing_data(tmp_path):
         OtherSplit, match=r"no validation data for task docvqa_val \(expected val_v\*_withQT.json or val_v"
     ):
         open_tasks("docvqa", str(tmp_path))
-    dataset = read_json(write_docvqa(tmp_path, 2), "validation")
+    dataset = read_docvqa_json(write_docvqa(tmp_path, 2), "validation")
     (tmp_path / "documents" / "page_1.png").unlink()
     with pytest.raises(UserError, match="documents/page_1.png: no such file"):
         dataset.image(1)
     change(tmp_path / "val_v1.0.json", lambda content: content["data"][0].pop("image"))
     with pytest.raises(UserError, match=r'data\[0\] has no "image"'):
-        read_json(tmp_path / "val_v1.0.json", "validation").image(0)
+        read_docvqa_json(tmp_path / "val_v1.0.json", "validation").image(0)
 
 
 def test_limits(tmp_path):
     path = write_docvqa(tmp_path, 7)
-    dataset = read_json(path, "validation")
+    dataset = read_docvqa_json(path, "validation")
     assert [len(dataset.take(limit).samples) for limit in (None, 1, 3.0, 100, 0.5, 0.01)] == [7, 1, 3, 7, 4, 1]
     assert dataset.identity() == dataset.take(7).identity() != dataset.take(6).identity()
     change(path, lambda content: content["data"][0].update(answers=["other"]))
-    assert dataset.identity() != read_json(path, "validation").identity()
+    assert dataset.identity() != read_docvqa_json(path, "validation").identity()
 
 
 def test_prompts_and_scores_of_the_tasks():
@@ -231,7 +231,7 @@ def test_bad_parquet(both, monkeypatch):
             dataset.image(index)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"reading parquet needs pyarrow \(pip install 'minivlm\[parquet\]'\)"):
-        read_parquet([file], "validation")
+        read_parquet_files([file], "validation")
 
 
 def test_columns_of_the_other_data_sets(tmp_path):
@@ -313,12 +313,12 @@ def test_hub_data_are_fetched_once(both):
     first, again, nothing = ask("me/DocVQA", "me/DocVQA", "me/Nothing")
     assert first == again == "10 10"
     assert sorted(hub.fetched) == [f"me/DocVQA/validation-0000{i}-of-00002.parquet" for i in range(2)]
-    assert nothing.startswith("me/Nothing: no such folder, and the hub's data set could not be had (")
+    assert nothing.startswith("me/Nothing: no such folder, and downloading it from the hub failed (")
     hub.shutdown()
     hub.server_close()
     cached, other = ask("me/DocVQA", "me/Other")  # the server is gone, the cache is not
     assert cached == "10 10"
-    assert other.startswith("me/Other: no such folder, and the hub's data set could not be had (")
+    assert other.startswith("me/Other: no such folder, and downloading it from the hub failed (")
 
 
 def test_exif_turns_images_alike_in_both_layouts(tmp_path):
@@ -328,5 +328,5 @@ def test_exif_turns_images_alike_in_both_layouts(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "documents" / "page_0.png", exif=exif)
     write_parquet(tmp_path / "validation-0.parquet", tmp_path, json.loads(path.read_text())["data"])
-    assert read_json(path, "validation").image(0).size == (2, 4)
-    assert read_parquet([tmp_path / "validation-0.parquet"], "validation").image(0).size == (2, 4)
+    assert read_docvqa_json(path, "validation").image(0).size == (2, 4)
+    assert read_parquet_files([tmp_path / "validation-0.parquet"], "validation").image(0).size == (2, 4)

@@ -93,12 +93,14 @@ def test_half_precision_flips_are_counted(place, tmp_path, capsys):
             == 0
         )
     assert evaluate(["compare", str(tmp_path / "1"), str(tmp_path / "4")]) == 0
-    flips = sum(a[0] != b[0] for a, b in zip(answers(tmp_path / "1").values(), answers(tmp_path / "4").values()))
+    single, batch = (answers(tmp_path / size) for size in ("1", "4"))
+    assert single.keys() == batch.keys()
+    flips = sum(single[index][0] != batch[index][0] for index in single)
     assert f"9 samples in both, {flips} answers differ ({flips / 9:.1%})" in capsys.readouterr().out
 
 
 def test_two_processes_answer_as_one(place, tmp_path):
-    """With as many threads in each: another number of them rounds differently, and random weights are full of near-ties."""
+    """With the same number of threads: another number rounds differently, and random weights give many near-ties."""
     more = ["--batch_size", "2", "--policy", "avl", "--output_path"]
     starts = {
         "one": ["-m", "eval"],

@@ -14,8 +14,8 @@ import pytest
 
 import eval_helpers
 import weights
-from eval.accuracy import results as results_module
-from eval.accuracy.data import read_json
+from eval.accuracy import run_folder
+from eval.accuracy.data import read_docvqa_json
 from eval_helpers import Reader, read_run, truth, write_checkpoint, write_docvqa
 from paths import ROOT
 
@@ -227,7 +227,7 @@ def test_a_full_disk_loses_nothing(place, monkeypatch, capsys, target):
     with monkeypatch.context() as patch:
         if target == "samples.jsonl":
             patch.setattr(
-                results_module.os, "write", lambda file, data: full() if len(place[1].asked) > 4 else real(file, data)
+                run_folder.os, "write", lambda file, data: full() if len(place[1].asked) > 4 else real(file, data)
             )
         else:
             patch.setattr(
@@ -272,7 +272,7 @@ def test_unwritable_and_occupied_folders(place, capsys):
             ["--tasks", "docvqa_test"],
             "no test data for task docvqa_test (expected test_v*.json or DocVQA/test-*.parquet)",
         ),
-        (["--limit", "0"], "--limit 0: expected a count from 1 on or a share between 0 and 1"),
+        (["--limit", "0"], "--limit 0: expected a count of at least 1, or a share between 0 and 1"),
         (["--limit", "2.5"], "--limit 2.5: expected"),
         (["--limit", "many"], "argument --limit: invalid float value: 'many'"),
         (["--batch_size", "0"], "--batch_size 0: expected at least 1"),
@@ -290,10 +290,12 @@ def test_bad_arguments_are_one_line(place, capsys, arguments, message):
 
 
 def test_the_original_command_line(place, capsys):
-    arguments = f"""--model llava_hf --model_args pretrained={place[0] / "model"},device_map=auto,attn_implementation=eager
+    arguments = f"""--model llava_hf
+        --model_args pretrained={place[0] / "model"},device_map=auto,attn_implementation=eager
         --tasks docvqa --batch_size 1 --log_samples --output_path {place[0] / "out"} --log_samples_suffix llava_1_5_7b
-        --vision_adaptive_attention true --vision_adaptive_attention_rate 0.5 --vision_adaptive_attention_compute_rate 0.7
-        --vision_adaptive_attention_update_interval 3 --data {place[0] / "data"}"""
+        --vision_adaptive_attention true --vision_adaptive_attention_rate 0.5
+        --vision_adaptive_attention_compute_rate 0.7 --vision_adaptive_attention_update_interval 3
+        --data {place[0] / "data"}"""
     assert eval_helpers.evaluate(arguments.split()) == 0
     captured = capsys.readouterr()
     assert "note: --model_args device_map=auto has no meaning here" in captured.err
@@ -305,7 +307,7 @@ def test_the_original_command_line(place, capsys):
 
 def subprocess_arguments(place, out):
     return [
-        str(ROOT / "tests" / "eval_helpers.py"),
+        str(ROOT / "tests" / "helpers" / "eval_helpers.py"),
         "--model",
         str(place / "model"),
         "--data",
@@ -320,12 +322,7 @@ def subprocess_arguments(place, out):
 
 
 def environment(delay=0.0):
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "READER_DELAY": str(delay),
-        "OMP_NUM_THREADS": "1",
-    }
+    return {**os.environ, "READER_DELAY": str(delay), "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_at_random_moments_and_resumed(tmp_path):
@@ -345,8 +342,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
         running.send_signal(signal.SIGKILL)
         running.wait()
         assert not list((tmp_path / "killed").glob("*/results.json"))
-    for out, argv in (("killed", command), ("whole", [sys.executable, *subprocess_arguments(tmp_path, "whole")])):
-        finished = subprocess.run(argv, env=environment(), capture_output=True, text=True)
+    for arguments in (command, [sys.executable, *subprocess_arguments(tmp_path, "whole")]):
+        finished = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
     assert read_run(tmp_path / "killed") == read_run(tmp_path / "whole")
 
@@ -370,7 +367,7 @@ def test_decoding_does_not_wait_for_the_model(place):
     """The images of the next two batches are decoded while a batch is being answered."""
     from eval.accuracy.runner import decoded_ahead
 
-    dataset = read_json(place[0] / "data" / "val_v1.0.json", "validation")
+    dataset = read_docvqa_json(place[0] / "data" / "val_v1.0.json", "validation")
     decoded = []
     spied = type(dataset)(dataset.origin, dataset.samples, lambda index: decoded.append(index) or dataset.image(index))
     stream = decoded_ahead(spied, [dataset.samples[i : i + 2] for i in range(0, 10, 2)])

@@ -1,4 +1,4 @@
-"""The demo's pages: the same from the same seed, held-out values never seen in training, every kind of answer there."""
+"""The demo's pages: the same from the same seed, held-out values never seen in training, every type of answer there."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from PIL import Image, ImageChops
 
-from eval.accuracy.data import read_json
+from eval.accuracy.data import read_docvqa_json
 from eval.demo import pages
 from eval.demo.page_values import SPLITS, TYPES, draw_value, split_of
 from minivlm.model import anyres
@@ -55,12 +55,12 @@ def test_values_have_natural_lengths():
         assert lengths[5] < lengths[-6], kind
 
 
-def test_every_type_is_at_least_a_tenth_and_every_long_kind_is_asked():
-    kinds = Counter(question.kind for _, question in pages.heldout_pairs(300, seed=3))
+def test_every_type_is_at_least_a_tenth_and_every_long_type_is_asked():
+    kinds = Counter(question.type for _, question in pages.heldout_pairs(300, seed=3))
     assert all(kinds[kind] >= 30 for kind in TYPES)
-    assert all(kinds[kind] > 0 for kind in pages.LONG_KINDS)
-    assert 0.05 < sum(kinds[kind] for kind in pages.LONG_KINDS) / 300 < 0.15
-    assert kinds == Counter(question.kind for _, question in pages.heldout_pairs(300, seed=3))
+    assert all(kinds[kind] > 0 for kind in pages.LONG_TYPES)
+    assert 0.05 < sum(kinds[kind] for kind in pages.LONG_TYPES) / 300 < 0.15
+    assert kinds == Counter(question.type for _, question in pages.heldout_pairs(300, seed=3))
 
 
 def test_answers_stand_where_their_cells_say():
@@ -68,12 +68,12 @@ def test_answers_stand_where_their_cells_say():
     for page in sheets("heldout", 40, seed=5):
         canvas = {(row, column + i): c for row, column, text in page.lines for i, c in enumerate(text)}
         questions = [pages.short_question(rng, field) for field in page.fields]
-        questions += filter(None, [pages.long_question(rng, page, kind) for kind in pages.LONG_KINDS])
+        questions += filter(None, [pages.long_question(rng, page, kind) for kind in pages.LONG_TYPES])
         for question in questions:
             assert len(question.cells) == len(question.answer)
-            for cell, character in zip(question.cells, question.answer):
+            for cell, character in zip(question.cells, question.answer, strict=True):
                 assert cell is None or canvas[cell] == character
-            if question.kind in pages.LONG_KINDS:
+            if question.type in pages.LONG_TYPES:
                 assert 40 <= len(question.answer) <= pages.LONGEST_ANSWER
             else:
                 assert any(f.value == question.answer and f.name.lower() in question.text.lower() for f in page.fields)
@@ -114,11 +114,12 @@ def test_docvqa_layout(tmp_path):
     content = json.loads(path.read_text())
     assert set(content) == {"dataset_name", "dataset_version", "dataset_split", "data"}
     assert content["dataset_split"] == "val" and len(content["data"]) == 12
-    for index, (record, (page, question)) in enumerate(zip(content["data"], pages.heldout_pairs(12, seed=2))):
+    for record, (page, question) in zip(content["data"], pages.heldout_pairs(12, seed=2), strict=True):
         assert {"questionId", "question", "image", "docId", "answers"} <= set(record)
         assert record["question"] == question.text and record["answers"] == [question.answer]
         with Image.open(path.parent / record["image"]) as image:
             assert ImageChops.difference(image, page.image).getbbox() is None
-    dataset = read_json(path, "validation")
+    dataset = read_docvqa_json(path, "validation")
     assert [s.answers[0] for s in dataset.samples] == [r["answers"][0] for r in content["data"]]
-    assert dataset.image(3).size == (lambda image: image.size)(Image.open(path.parent / content["data"][3]["image"]))
+    with Image.open(path.parent / content["data"][3]["image"]) as image:
+        assert dataset.image(3).size == image.size

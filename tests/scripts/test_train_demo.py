@@ -11,17 +11,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 import weights
-from eval.demo import pages
-from minivlm.generation.generate import Sampling
-from minivlm.model import anyres
-from paths import SCRIPTS
-
-sys.path.insert(0, str(SCRIPTS))
-
 from demo_training import loop, text
 from demo_training.batches import IGNORE, PatchMap, draw_batch, page_tiles
 from demo_training.export import export
 from demo_training.model import DemoTrainer
+from eval.demo import pages
+from minivlm.generation.sampling import Sampling
+from minivlm.model import anyres
+from paths import SCRIPTS
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +112,7 @@ def test_the_prompt_is_tokenised_as_in_training(folder, tokenizer):
     history = [processor.user_message("the total?", 1), {"role": "assistant", "content": "5"}]
     turn = processor.next_turn(history, processor.user_message("the tax?", 0))
     follow = processor([turn], [[]], continues=True).input_ids[0].tolist()
-    assert follow == [text.EOS] + encoder.prompt(text.NEXT_TURN.format("the tax?"))
+    assert follow == [text.EOS, *encoder.prompt(text.NEXT_TURN.format("the tax?"))]
     assert tokenizer.decode(encoder.answer("a;\n 7,1")) == "a;\n 7,1"
 
 
@@ -126,7 +123,8 @@ def test_the_export_is_an_ordinary_checkpoint(folder, trainer):
     for name, tensor in trainer.llava.state_dict().items():
         assert torch.equal(vlm.model.state_dict()[name], tensor.half().float()), name
     for page in json.loads((folder / "pages" / "questions.json").read_text()):
-        assert Image.open(folder / "pages" / page["image"]).size[0] <= 224 and len(page["questions"]) >= 2
+        with Image.open(folder / "pages" / page["image"]) as image:
+            assert image.width <= 224 and len(page["questions"]) >= 2
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 15e6
 
 
@@ -153,13 +151,13 @@ def test_the_export_in_transformers(folder):
 
 
 def test_a_run_resumes_where_it_stopped(tmp_path, monkeypatch):
-    run = loop.Run(tmp_path, torch.device("cpu"), 0)
+    run = loop.TrainingRun(tmp_path, torch.device("cpu"), 0)
     run.train(1, 0.01, 2, 1e-3, 1e-3)
     run.train(2, 0.01, 1, 1e-3, 1e-3)
-    again = loop.Run(tmp_path, torch.device("cpu"), 1)
+    again = loop.TrainingRun(tmp_path, torch.device("cpu"), 1)
     again.resume()
     assert (again.stage, again.steps, again.elapsed) == (2, run.steps, run.elapsed) and run.steps >= 1
-    for mine, theirs in zip(again.trainer.parameters(), run.trainer.parameters()):
+    for mine, theirs in zip(again.trainer.parameters(), run.trainer.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     state = [o.state_dict()["state"] for o in again.optimisers]
     assert all(state) and all("momentum" in s for s in state[0].values())

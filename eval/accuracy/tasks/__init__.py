@@ -1,7 +1,7 @@
-"""The registry of tasks: what is asked, in which words, how it is scored, and where its data lie.
+"""The registry of tasks: what is asked, in which words, how it is scored, and where its data are.
 
-Names, prompts and token limits are those of lmms-eval for LLaVA (greedy decoding throughout), so that a figure here
-can stand beside a figure there. A task is one `Task` in a small file of this folder and one entry of `TASKS`.
+Names, prompts and token limits are those of lmms-eval for LLaVA (greedy decoding throughout), so that figures can be
+compared. A task is one `Task` in a small file of this folder and one entry of `TASKS`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ _REFUSED = {"vqav2": "VQAv2", "nocaps": "Nocaps", "flickr30k": "Flickr30k"}
 def open_tasks(
     names: str, data: str | None = None, seed: int = 0, limit: float | None = None
 ) -> tuple[list[tuple[Task, Dataset]], list[str]]:
-    """Tasks by comma-separated names, each with its data, and notes on what was left out.
+    """Open the tasks with these comma-separated names. Return each with its data, and notes on what was left out.
 
-    A group is expanded, and a member whose split is not among the data is left out with a note as long as another
-    one's is. Raises `UserError` for an unknown or unsupported name and for data that cannot be used.
+    A group stands for its members. A member whose split is not among the data is left out with a note, unless that
+    leaves no member. Raises `UserError` for an unknown or unsupported name and for data that cannot be used.
     """
     known = f"known: {', '.join((*GROUPS, *TASKS))}"
     opened: dict[str, tuple[Task, Dataset]] = {}
-    notes = []
+    notes: list[str] = []
     for name in filter(None, map(str.strip, names.split(","))):
         for start, title in _REFUSED.items():
             if name.lower().startswith(start):
                 raise UserError(f"task {name}: {title} is not supported ({known})")
         if name not in TASKS and name not in GROUPS:
             raise UserError(f"unknown task {name!r} ({known})")
+        members = GROUPS.get(name, (name,))
         missing = []
-        for member in GROUPS.get(name, (name,)):
+        for member in members:
             try:
                 opened.setdefault(member, (TASKS[member], TASKS[member].open(data, seed, limit)))
             except OtherSplit as error:
                 missing.append(error)
-        if len(missing) == len(GROUPS.get(name, (name,))):
+        if len(missing) == len(members):
             raise missing[0]
         notes += [f"left out: {error}" for error in missing]
     if not opened:

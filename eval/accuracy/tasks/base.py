@@ -1,4 +1,4 @@
-"""What a task is: the words of its prompt, its scores, and where its data lie."""
+"""What a task is: the words of its prompt, its scores, and where its data are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.accuracy.anls import anls
-from eval.accuracy.data import Dataset, OtherSplit, Sample, fetch, read_json, read_parquet
+from eval.accuracy.data import Dataset, OtherSplit, Sample, download, read_docvqa_json, read_parquet_files
 from eval.accuracy.metrics import exact_match
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -15,43 +15,45 @@ SHORT = "\nAnswer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class Task:
-    """One task; a subclass changes how it asks (`prompt`), scores (`scores`) or finds its data (`open`)."""
+    """One task. A subclass changes how it asks (`prompt`), scores (`scores`) or finds its data (`open`)."""
 
     name: str
     split: str  # "validation" or "test"
-    hub: str  # the data set's id, used where --data is not given
-    parquet: str  # glob of its files in that repository
-    json: tuple[str, ...] = ()  # globs of the official JSON's name, best first
+    hub: str  # the id of the data set, used if --data is not given
+    parquet: str  # a glob pattern of its files in that repository
+    json: tuple[str, ...] = ()  # glob patterns of the official JSON's name, the preferred one first
     metric: str = "anls"  # the score that counts
     max_new_tokens: int = 32
     suffix: str = SHORT
-    submission: bool = False  # without references: writes the official submission file
+    submission: bool = False  # has no references; the official submission file is written
 
     def prompt(self, sample: Sample) -> str:
         """What the user says to the model."""
         return sample.question + self.suffix
 
     def scores(self, prediction: str, sample: Sample) -> dict[str, float]:
-        """Every metric of one answer; NaN where the sample has no references."""
+        """Every metric of one answer; NaN if the sample has no references."""
         return {"exact_match": exact_match(prediction, sample.answers), "anls": anls(prediction, sample.answers)}
 
     def open(self, data: str | None, seed: int, limit: float | None) -> Dataset:
-        """The first `limit` samples of a folder, a JSON file or a hub id; `seed` matters where pages are drawn.
+        """Read the task's data from a folder, a JSON file or a hub id, and limit it as `limited_count` says.
 
-        Raises `OtherSplit` where the data are there but not this task's split, `UserError` for anything else.
+        `seed` matters only if pages are drawn. Raises `OtherSplit` if the data are there but not this task's split,
+        and `UserError` for anything else.
         """
         place = Path(data or self.hub).expanduser()
         if not place.exists():
-            place = fetch(data or self.hub, self.parquet)
-        found = place if place.is_file() else self.find(place)
-        if found is None:
+            place = download(data or self.hub, self.parquet)
+        files = place if place.is_file() else self.find(place)
+        if files is None:
             expected = " or ".join((*self.json, self.parquet))
             raise OtherSplit(f"{data or self.hub}: no {self.split} data for task {self.name} (expected {expected})")
-        dataset = read_json(found, self.split) if isinstance(found, Path) else read_parquet(found, self.split)
-        return dataset.take(limit)
+        if isinstance(files, Path):
+            return read_docvqa_json(files, self.split).take(limit)
+        return read_parquet_files(files, self.split).take(limit)
 
     def find(self, folder: Path) -> Path | Sequence[Path] | None:
-        """The JSON file, or the parquet files, of this task's split in a folder; None where there is neither."""
+        """The JSON file, or else the parquet files, of this task's split in a folder; None if there is neither."""
         for pattern in self.json:
             if matches := sorted(folder.glob(pattern)):
                 return matches[0]

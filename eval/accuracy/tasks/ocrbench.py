@@ -1,6 +1,7 @@
-"""OCRBench (Liu et al., 2023): 1000 questions in ten kinds, right when the answer contains a reference.
+"""OCRBench (Liu et al., 2023): 1000 questions of ten types. An answer is right if it contains a reference.
 
-The questions carry their own instructions, so no suffix; some answers are formulae, so 128 tokens, as in lmms-eval.
+The questions carry their own instructions, so there is no suffix. Some answers are formulae, so the limit is 128
+tokens, as in lmms-eval.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ class _OCRBench(Task):
         return sample.question.strip()
 
     def scores(self, prediction: str, sample: Sample) -> dict[str, float]:
-        right = contains_match(prediction, sample.answers, sample.source)
-        return {**super().scores(prediction, sample), "ocrbench_accuracy": right}
+        accuracy = contains_match(prediction, sample.answers, sample.source)
+        return {**super().scores(prediction, sample), "ocrbench_accuracy": accuracy}
 
 
 OCRBENCH = _OCRBench(

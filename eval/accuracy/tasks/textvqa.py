@@ -1,7 +1,7 @@
 """TextVQA (Singh et al., CVPR 2019): text in photographs, scored by the VQA accuracy over ten annotators.
 
-lmms-eval prints this accuracy under the name `exact_match`; here it is `vqa_accuracy`, and `exact_match` stays what it
-is in every task.
+lmms-eval prints this accuracy under the name `exact_match`. Here it is `vqa_accuracy`, and `exact_match` means the same
+as in every other task.
 """
 
 from __future__ import annotations

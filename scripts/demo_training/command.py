@@ -1,0 +1,118 @@
+"""Train the bundled demo checkpoint from scratch, export it, and measure it on held-out pages.
+
+The pages and questions come from eval/demo/pages.py; the model is minivlm's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import weights
+from demo_training.evaluate import score_by_type, score_table
+from demo_training.export import export
+from demo_training.loop import TrainingRun
+from minivlm.app.cli import Parser
+from minivlm.errors import UserError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one of the commands train, export and evaluate. Raises `UserError` for a user's mistake."""
+    args = _parser().parse_args(arguments)
+    try:
+        {"train": _train, "export": _export, "evaluate": _evaluate}[args.command](args)
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues a run from its last saved state", file=sys.stderr)
+        raise
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str) -> Parser:
+        return commands.add_parser(name, help=text, description=text)
+
+    train = command(
+        "train",
+        "Train. RUN/state.pt is written every two minutes. RUN/log.jsonl gets a line every 20 seconds: losses, the "
+        "shares of short and long answers without a mistake, and pages per second.",
+    )
+    train.flag("run", type=Path, required=True, help="folder of the run")
+    train.flag("resume", action="store_true", help="continue from RUN/state.pt")
+    train.flag(
+        "stage",
+        choices=("1", "2", "all"),
+        default="all",
+        help="1: the vision tower learns to name the characters in each patch; 2: the whole model learns to answer "
+        "(all)",
+    )
+    train.flag(
+        "time_budget",
+        type=float,
+        default=5940,
+        help="seconds of training over all sittings; stage 1 gets an eighteenth of them, and the learning rate falls "
+        "to a fiftieth at the end (5940, meant for two CPU cores)",
+    )
+    train.flag("pages", type=int, default=8, help="pages per step (8)")
+    train.flag("rate", type=float, default=2e-3, help="learning rate (0.002)")
+    train.flag("tower_rate", type=float, default=3e-4, help="learning rate of the vision tower in stage 2 (0.0003)")
+    train.flag(
+        "device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="computes in bfloat16 on either device (auto: CUDA if there is a GPU)",
+    )
+    train.flag("seed", type=int, default=0, help="seed of the weights and pages (0)")
+
+    export_ = command("export", "Write the trained model as a Hugging Face folder (float16), with example pages.")
+    export_.flag("run", type=Path, required=True, help="folder of the run")
+    export_.flag(
+        "out", type=Path, required=True, help="folder to write; an existing one is replaced, except for its README.md"
+    )
+
+    evaluate = command("evaluate", "Exact match and ANLS by type of answer on held-out pages, one question each.")
+    evaluate.flag("model", help="checkpoint folder (the bundled checkpoint)")
+    evaluate.flag("pages", type=int, default=500, help="number of pages (500)")
+    evaluate.flag("batch_size", type=int, default=8, help="questions asked at once (8)")
+    evaluate.flag("device", default="auto", help="auto, cpu or cuda (auto)")
+    evaluate.flag("dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
+    evaluate.flag("seed", type=int, default=0, help="seed of the pages (0)")
+    evaluate.flag("show_wrong", action="store_true", help="print every answer that is not exact")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    cuda = torch.cuda.is_available()
+    device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda: no CUDA device is available")
+    if args.time_budget <= 0 or args.pages < 1:
+        raise UserError("--time_budget and --pages must be positive")
+    if not args.resume and (args.run / "state.pt").exists():
+        raise UserError(f"{args.run} already holds a run (expected --resume, or another --run)")
+    run = TrainingRun(args.run, torch.device(device), args.seed)
+    if args.resume:
+        run.resume()
+    first_budget = args.time_budget / 18
+    if args.stage in ("1", "all"):
+        run.train(1, first_budget, args.pages, args.rate, args.rate)
+    if args.stage in ("2", "all"):
+        run.train(2, args.time_budget - first_budget, args.pages, args.rate, args.tower_rate)
+
+
+def _export(args: argparse.Namespace) -> None:
+    run = TrainingRun(args.run, torch.device("cpu"), 0)
+    run.resume()
+    export(run.trainer.llava, run.tokenizer, args.out)
+    print(args.out)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    vlm = weights.load(args.model, device=args.device, dtype=args.dtype)
+    report_wrong = print if args.show_wrong else None
+    print(score_table(score_by_type(vlm, args.pages, args.seed, args.batch_size, report_wrong)))
