@@ -1,8 +1,8 @@
 """From a checkpoint folder to a model that answers.
 
-The modules are created on the meta device, which costs nothing; then every parameter is allocated once, in
-its final dtype on its final device, and filled from the file.  Peak resident memory is the weights in that
-dtype plus a fixed staging buffer.
+The modules are created on the meta device, which takes no memory. Then every parameter is allocated once, in its final
+dtype on its final device, and filled from the file. Peak memory is therefore the weights in that dtype plus a staging
+buffer of fixed size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from weights.layout import match
 from weights.read import fill, read_headers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LARGE = 1 << 30  # bytes on disk from which on a progress bar is worth its line
+_LARGE = 1 << 30  # bytes on disk above which a progress bar is shown
 
 
 def load(
@@ -40,50 +40,55 @@ def load(
 ) -> VLM:
     """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint: a folder, a hub id (`owner/name`), or None for the bundled demo.
 
-    - `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.
-    - `dtype`: auto (the checkpoint's on CUDA, float32 on the CPU), float32, bfloat16 or float16.
-    - `compile`: run decode steps and the blocks of a prefill through torch.compile, which takes a minute or so at first, so
-      that only long answers or many earn it back.  Where there is no compiler all runs eagerly, with a line on stderr.
-    - `pad_to_square` (LLaVA-1.5): pad images with the mean colour, as the original LLaVA does, where transformers crops
-      them; None means what the checkpoint says.
-    - `progress`: a bar on a terminal's stderr for what is larger than 1 GiB.
+    - `device`: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.
+    - `dtype`: auto (the checkpoint's dtype on CUDA, float32 on the CPU), float32, bfloat16 or float16.
+    - `compile`: run decode steps and the blocks of the prefill through torch.compile. Compiling takes about a minute,
+      which only long answers or many of them earn back. Without a compiler everything runs eagerly, with a note on
+      stderr.
+    - `pad_to_square` (LLaVA-1.5 only): pad images with the mean colour, as the original LLaVA does, instead of cropping
+      them, as transformers does. With None, the checkpoint decides.
+    - `progress`: show a progress bar on stderr, if it is a terminal, for checkpoints larger than 1 GiB.
 
-    A folder without tokenizer.json loads with `processor` None: such a model takes ids and pixels, not text.  Raises
-    `UserError` for whatever is wrong with the checkpoint or does not fit the device.
+    A folder without tokenizer.json makes a model without a processor, which takes ids and pixels but no text. Raises
+    `UserError` for anything that is wrong with the checkpoint, and for weights that do not fit the device.
     """
     folder = find_checkpoint(model)
-    # First what is small, so that a mistake in it is told before gigabytes are read.
+    # The small files are read first, so that mistakes in them are reported before gigabytes are read.
     processor = None
     if (folder / "tokenizer.json").is_file():
         processor = Processor.from_folder(folder, read_config(folder), pad_to_square=pad_to_square)
-    loaded = load_model(folder, device=device, dtype=dtype, progress=progress)
-    where = loaded.lm_head.weight.device
-    missing = missing_compiler(where) if compile else None
+    llava = load_model(folder, device=device, dtype=dtype, progress=progress)
+    missing = missing_compiler(llava.lm_head.weight.device) if compile else None
     if missing:
-        print(f"note: all runs eagerly: {missing}", file=sys.stderr)
-    return VLM(loaded, processor, compiled=compile and not missing)
+        print(f"note: everything runs eagerly: {missing}", file=sys.stderr)
+    return VLM(llava, processor, compiled=compile and not missing)
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progress: bool = True) -> Llava:
-    """The model alone, in evaluation mode and without gradients; arguments and errors as `load`."""
-    where = _device(device)
+    """The model alone, in evaluation mode and without gradients. Arguments and errors are those of `load`."""
+    target = _device(device)
     config = read_config(folder)
-    if dtype not in ("auto", *_DTYPES):
-        raise UserError(f"dtype {dtype!r} is not supported (expected auto, {', '.join(_DTYPES)})")
-    wanted = _DTYPES[dtype if dtype != "auto" else config.dtype if where.type == "cuda" else "float32"]
+    final_dtype = _dtype(dtype, config, target)
 
+    # 1) Build the modules without memory, and find each parameter's tensor on disk.
     with torch.device("meta"):
-        model = Llava(config).to(wanted)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        model = Llava(config).to(final_dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored = match(read_headers(folder), shapes, config, folder)
-    needed, free = sum(p.nbytes for p in model.parameters()), _free_bytes(where)
+
+    # 2) Check that the weights fit. On Linux, allocating too much would not fail; the process would be killed later.
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    free = _free_bytes(target)
     if free is not None and needed > free:
         raise UserError(
-            f"{folder}: the weights take {needed / 1e6:,.2f} MB in {str(wanted)[6:]}, {where} has {free / 1e6:,.2f} MB free"
+            f"{folder}: the weights take {needed / 1e6:,.2f} MB in {str(final_dtype)[6:]}, "
+            f"{target} has {free / 1e6:,.2f} MB free"
         )
-    filled = {name: torch.empty(shape, dtype=wanted, device=where) for name, shape in shapes.items()}
+
+    # 3) Allocate the parameters, fill them from the files and put them into the modules.
+    filled = {name: torch.empty(shape, dtype=final_dtype, device=target) for name, shape in shapes.items()}
     total = sum(tensor.nbytes for tensor in stored.values())
-    quiet = None if progress and total > _LARGE else True  # None: shown where stderr is a terminal
+    quiet = None if progress and total > _LARGE else True  # None: quiet unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {folder.name}", disable=quiet) as bar:
         fill(((stored[name], filled[name]) for name in shapes), bar.update)
     model.load_state_dict(filled, assign=True)
@@ -91,10 +96,14 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
 
 
 def read_config(folder: Path) -> VLMConfig:
-    """The `config.json` of a folder, with the `generation_config.json` beside it if there is one."""
+    """The configuration in a folder's `config.json` and, if there is one, its `generation_config.json`.
+
+    Raises `UserError` if there is no `config.json`, or it describes something that is not supported.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json (expected a checkpoint folder in Hugging Face layout)")
-    return VLMConfig.from_dict(read_json_object(folder / "config.json"), read_json_object(folder / "generation_config.json"))
+    generation = read_json_object(folder / "generation_config.json")
+    return VLMConfig.from_dict(read_json_object(folder / "config.json"), generation)
 
 
 def _device(name: str) -> torch.device:
@@ -110,8 +119,16 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _dtype(name: str, config: VLMConfig, device: torch.device) -> torch.dtype:
+    if name not in ("auto", *_DTYPES):
+        raise UserError(f"dtype {name!r} is not supported (expected auto, {', '.join(_DTYPES)})")
+    if name == "auto":
+        name = config.dtype if device.type == "cuda" else "float32"
+    return _DTYPES[name]
+
+
 def _free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on `device`; None where the system does not say."""
+    """The memory that can still be allocated on `device`, or None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

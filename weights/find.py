@@ -1,8 +1,8 @@
-"""Where a checkpoint is: a folder, the bundled demo, or a repository of the Hugging Face hub.
+"""Finds a checkpoint: a folder, the bundled demo, or a repository on the Hugging Face hub.
 
-From the hub only the files that loading needs are fetched, in one commit, into huggingface-hub's own
-cache; its settings hold (HF_HOME, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE, with which nothing is asked).
-When the hub cannot be reached, a complete cached copy is used.
+From the hub, only the files that loading needs are downloaded, all from the same commit. They go into the cache of the
+huggingface-hub package, which reads its usual settings: HF_HOME, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE, with which
+the hub is never asked. If the hub cannot be reached, a complete cached copy is used.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SMALL_FILES = [
 
 
 def find_checkpoint(model: str | Path | None = None) -> Path:
-    """The folder of a checkpoint: `model` as a path, as a hub id (`owner/name`), or None for the bundled demo.
+    """The folder of a checkpoint: `model` is a path, a hub id (`owner/name`), or None for the bundled demo.
 
-    A folder that exists wins over a hub id of the same name.  Raises `UserError`, one line, for a path that
-    is not there and for whatever keeps a download from being complete.
+    An existing folder is preferred to a hub id of the same name. Raises `UserError` for a path that does not exist and
+    for a download that cannot be completed.
     """
     if model is None:
         return DEMO
@@ -46,6 +46,7 @@ def find_checkpoint(model: str | Path | None = None) -> Path:
         raise UserError(f"{model}: is a file (expected a checkpoint folder or a hub id)")
     if isinstance(model, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model, re.ASCII):
         raise UserError(f"{model}: no such folder, and not a hub id (expected owner/name)")
+    # The index, if there is one, says which files hold the weights. They are taken from the commit of the index.
     folder = _fetch(model, None, _SMALL_FILES)
     files = sorted(set(shard_names(folder / INDEX).values())) if (folder / INDEX).is_file() else [WEIGHTS]
     folder = _fetch(model, folder.name, files)
@@ -57,7 +58,7 @@ def find_checkpoint(model: str | Path | None = None) -> Path:
 
 
 def _fetch(repo: str, commit: str | None, files: list[str]) -> Path:
-    """Download some files of a repository (of its main branch, or of one commit) -> the cached snapshot folder."""
+    """Download files of a repository and return the folder of the cached snapshot. `commit` None is the main branch."""
     try:
         return Path(snapshot_download(repo, revision=commit, allow_patterns=files))
     except GatedRepoError:
@@ -69,26 +70,28 @@ def _fetch(repo: str, commit: str | None, files: list[str]) -> Path:
             f"{repo}: no such folder, and no such repository on the hub (or a private one: set HF_TOKEN)"
         ) from None
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        hint = " (check HF_TOKEN and its permissions)" if status in (401, 403) else ""
-        raise UserError(f"{repo}: the hub answered {status}{hint}") from None
+        raise UserError(f"{repo}: {_answer(error)}") from None
     except LocalEntryNotFoundError as error:
         raise UserError(f"{repo}: not complete in the local cache, and {_reason(error)}") from None
-    except Exception as error:  # the HTTP library's own errors, which differ from one huggingface-hub to the next
-        raise UserError(f"{repo}: download failed: {type(error).__name__}: {_line(error)}") from error
+    except Exception as error:  # errors of the HTTP library, which differ between versions of huggingface-hub
+        raise UserError(f"{repo}: download failed: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _reason(error: LocalEntryNotFoundError) -> str:
-    """Why the hub was not asked, or did not answer; huggingface-hub keeps it as the error's cause."""
+    """Why the hub was not asked or did not answer, which huggingface-hub records as the error's cause."""
     cause = error.__cause__
     if isinstance(cause, HfHubHTTPError):
-        status = cause.response.status_code
-        return f"the hub answered {status}" + (" (check HF_TOKEN and its permissions)" if status in (401, 403) else "")
+        return _answer(cause)
     if cause is None or type(cause).__name__ == "OfflineModeIsEnabled":
         return "offline mode is on (HF_HUB_OFFLINE)"
-    return f"the hub cannot be reached ({_line(cause)})"
+    return f"the hub cannot be reached ({_first_line(cause)})"
 
 
-def _line(error: BaseException) -> str:
-    """The first line of a message."""
+def _answer(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    hint = " (check HF_TOKEN and its permissions)" if status in (401, 403) else ""
+    return f"the hub answered {status}{hint}"
+
+
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "no message")

@@ -1,10 +1,10 @@
-"""Safetensors on disk: headers are checked strictly, tensors are streamed into place.
+"""Reads safetensors files: headers are checked strictly, tensors are streamed into place.
 
-The format is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}
-and the bytes of the tensors without gaps (https://github.com/huggingface/safetensors#format).  The header
-is parsed here because a user needs to be told which file and which tensor is wrong, and the data is read
-rather than mapped: pages of a mapped file count as resident memory beside the tensors made from them, and
-a file cut short under a mapping kills the process.
+A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the
+bytes of the tensors without gaps (https://github.com/huggingface/safetensors#format). The header is parsed here so that
+a message can name the file and the tensor at fault. The data is read rather than memory-mapped for two reasons: the
+pages of a mapped file count as resident memory beside the tensors made from them, and a file that is cut short while it
+is mapped kills the process.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from torch import Tensor
 from minivlm.errors import UserError
 from minivlm.files import read_json_object
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-_STAGE = 16 << 20  # bytes read at once: all the memory that loading needs beside the tensors themselves
+_STAGE = 16 << 20  # bytes read at once, which is all the memory that loading needs besides the tensors themselves
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `nbytes` bytes of `file`, from byte `start` on."""
+    """Where a tensor is stored: `nbytes` bytes of `file`, beginning at byte `start`."""
 
     file: Path
     name: str
@@ -42,10 +43,10 @@ class StoredTensor:
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """tensor name -> file name, as an index says.
+    """The file name of each tensor, as an index states it.
 
-    Raises `UserError` where a shard is not a plain file name: an index that names `../x` or an absolute
-    path would make the loader read, or the hub client fetch, what does not belong to the checkpoint.
+    Raises `UserError` if a shard is not a plain file name. An index that names `../x` or an absolute path could make us
+    read, or download, something that does not belong to the checkpoint.
     """
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -57,10 +58,10 @@ def shard_names(index: Path) -> dict[str, str]:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder, by its name on disk; an index wins over a single file.
+    """All tensors of a checkpoint folder, by their names on disk. An index is preferred to a single file.
 
-    Raises `UserError` for no safetensors at all, a missing shard, a damaged file, and an index and shards
-    that disagree.
+    Raises `UserError` if there are no safetensors, a shard is missing, a file is damaged, or the index and the shards
+    disagree.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -70,22 +71,22 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{folder}: no {WEIGHTS} or {INDEX}{hint}")
         return read_header(folder / WEIGHTS)
     names = shard_names(index)
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(names.values()):
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: shard is missing ({INDEX} names it)")
         for name, tensor in read_header(folder / file).items():
-            if name in found:
-                raise UserError(f"{tensor.file}: {name} is also in {found[name].file.name}")
-            found[name] = tensor
+            if name in tensors:
+                raise UserError(f"{tensor.file}: {name} is also in {tensors[name].file.name}")
+            tensors[name] = tensor
     for name, file in names.items():
-        if name not in found or found[name].file.name != file:
+        if name not in tensors or tensors[name].file.name != file:
             raise UserError(f"{folder / file}: no tensor {name} ({INDEX} says it is there)")
-    return found
+    return tensors
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file; raises `UserError` unless header and file size agree exactly."""
+    """The tensors of one safetensors file. Raises `UserError` unless its header describes every byte of it."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -103,6 +104,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged safetensors header ({error})") from None
+    # Sorted by their place, the tensors have to follow one another without gaps up to the end of the file.
     end = 8 + length
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != end:
@@ -118,21 +120,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def fill(tensors: Iterable[tuple[StoredTensor, Tensor]], progress: Callable[[int], object]) -> None:
-    """Read each stored tensor into a contiguous one of the same number of elements, in file order.
+    """Read each stored tensor into a contiguous target tensor with the same number of elements, in file order.
 
-    The target's dtype and device are its own: conversion happens on the way, `_STAGE` bytes at a time.
-    `progress` is told how many bytes were read.  Raises `UserError` when a file ends early after all.
+    The target may have another dtype and device: tensors are converted on the way, `_STAGE` bytes at a time. `progress`
+    is called with the number of bytes read. Raises `UserError` if a file turns out to be shorter than it was.
     """
     stage = bytearray(_STAGE)
-    window, staged = memoryview(stage), torch.frombuffer(stage, dtype=torch.uint8)
+    window = memoryview(stage)  # what the file is read into,
+    staged = torch.frombuffer(stage, dtype=torch.uint8)  # and the same bytes as a tensor
     in_order = sorted(tensors, key=lambda pair: (pair[0].file, pair[0].start))
     for path, pairs in groupby(in_order, key=lambda pair: pair[0].file):
         try:
             with open(path, "rb") as file:
                 for stored, target in pairs:
                     file.seek(stored.start)
-                    source, flat = staged.view(DTYPES[stored.dtype]), target.view(-1)
-                    for piece in flat.split(source.numel()):
+                    source = staged.view(DTYPES[stored.dtype])
+                    for piece in target.view(-1).split(source.numel()):
                         wanted = piece.numel() * source.element_size()
                         if file.readinto(window[:wanted]) != wanted:
                             raise UserError(f"{path}: ended while {stored.name} was read")
@@ -143,18 +146,20 @@ def fill(tensors: Iterable[tuple[StoredTensor, Tensor]], progress: Callable[[int
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """A JSON object as a dictionary. `json` alone would silently keep the last of several equal keys."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
-    return found
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return entries
 
 
-def _entry(path: Path, name: str, entry: dict, data: int) -> StoredTensor:
+def _entry(path: Path, name: str, entry: dict, data_start: int) -> StoredTensor:
+    """One tensor's entry in a header; raises `ValueError` or `KeyError` if it makes no sense."""
     begin, end = entry["data_offsets"]
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or end < begin:
         raise ValueError(f"{name} has shape {entry['shape']} and data_offsets {entry['data_offsets']}")
     if dtype in DTYPES and prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise ValueError(f"{name} of {dtype} {list(shape)} does not fill its {end - begin} bytes")
-    return StoredTensor(path, name, dtype, shape, data + begin, end - begin)
+    return StoredTensor(path, name, dtype, shape, data_start + begin, end - begin)

@@ -1,6 +1,7 @@
 """Pixel values, bit for bit, against transformers' PIL image processors; frozen hashes; and bad images."""
 
 import hashlib
+import itertools
 import random
 import struct
 import zlib
@@ -13,38 +14,14 @@ from minivlm.errors import UserError
 from minivlm.inputs.images import ImageSettings, load_image, pixel_values, to_rgb
 from minivlm.model.config import VLMConfig
 
+# fmt: off
 MODES = [
-    "RGB",
-    "L",
-    "RGBA",
-    "P",
-    "LA",
-    "CMYK",
-    "1",
-    "I;16",
-    "I",
-    "F",
-    "PA",
-    "YCbCr",
-    "HSV",
-    "LAB",
-    "RGBX",
-    "RGBa",
-    "I;16B",
+    "RGB", "L", "RGBA", "P", "LA", "CMYK", "1", "I;16", "I", "F", "PA", "YCbCr", "HSV", "LAB", "RGBX", "RGBa", "I;16B",
 ]
-BITS = {
-    "1": 1,
-    "L": 8,
-    "P": 8,
-    "RGB": 24,
-    "YCbCr": 24,
-    "LAB": 24,
-    "HSV": 24,
-    "LA": 16,
-    "PA": 16,
-    "I;16": 16,
-    "I;16B": 16,
+BITS = {  # of a pixel; 32 in the other modes
+    "1": 1, "L": 8, "P": 8, "RGB": 24, "YCbCr": 24, "LAB": 24, "HSV": 24, "LA": 16, "PA": 16, "I;16": 16, "I;16B": 16,
 }
+# fmt: on
 
 
 def config(family: str, tile: int = 56) -> VLMConfig:
@@ -85,8 +62,8 @@ def noise(mode: str, height: int, width: int, seed: int = 0) -> Image.Image:
     rng = random.Random(f"{mode}{height}{width}{seed}")
     if mode == "F":
         return noise("L", height, width, seed).convert("F")
-    row = (width * BITS.get(mode, 32) + 7) // 8
-    image = Image.frombytes(mode, (width, height), rng.randbytes(row * height))
+    line_bytes = (width * BITS.get(mode, 32) + 7) // 8
+    image = Image.frombytes(mode, (width, height), rng.randbytes(line_bytes * height))
     if mode in ("P", "PA"):
         image.putpalette(rng.randbytes(768))
     if mode in ("P", "RGB") and seed % 2:
@@ -96,10 +73,11 @@ def noise(mode: str, height: int, width: int, seed: int = 0) -> Image.Image:
 
 def cases() -> list[tuple[str, int, int]]:
     rng = random.Random(0)
-    found = [("RGB", 1, 1), ("RGB", 1, 2000), ("RGB", 2000, 1), ("L", 2, 2000), ("RGB", 3000, 1000), ("RGB", 57, 56)]
-    found += [(mode, *size) for mode in MODES for size in ((1, 1), (1, 90), (61, 1), (56, 56), (112, 56), (113, 171))]
-    found += [(rng.choice(MODES), rng.randint(1, 240), rng.randint(1, 240)) for _ in range(220)]
-    return found
+    extreme = [("RGB", 1, 1), ("RGB", 1, 2000), ("RGB", 2000, 1), ("L", 2, 2000), ("RGB", 3000, 1000), ("RGB", 57, 56)]
+    sizes = ((1, 1), (1, 90), (61, 1), (56, 56), (112, 56), (113, 171))
+    every_mode = [(mode, *size) for mode in MODES for size in sizes]
+    drawn = [(rng.choice(MODES), rng.randint(1, 240), rng.randint(1, 240)) for _ in range(220)]
+    return extreme + every_mode + drawn
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
@@ -131,8 +109,9 @@ def test_a_batch_is_padded_with_zero_tiles():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"resample": 0}, {"resample": 1}, {"resample": 2}, {"size": 56}, {"crop_size": 56}, {"rescale_factor": 1 / 127.5},
-        {"size": {"height": 56, "width": 56}}, {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.125]},
+        {"resample": 0}, {"resample": 1}, {"resample": 2}, {"size": 56}, {"crop_size": 56},
+        {"rescale_factor": 1 / 127.5}, {"size": {"height": 56, "width": 56}},
+        {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.125]},
     ],
 )  # fmt: skip
 def test_settings_mean_what_they_mean_to_the_reference(family, changes):
@@ -152,14 +131,12 @@ def test_pad_to_square_is_the_original_llava(size):
     images = [noise("RGB", *size)]
     expected = module.LlavaImageProcessorPil(**settings_dict(do_pad=True))(images, return_tensors="pt").pixel_values
     model = config("llava")
-    assert torch.equal(
-        pixel_values(images, ImageSettings.from_dict(settings_dict(), model, "test", True), model), expected
-    )
+    settings = ImageSettings.from_dict(settings_dict(), model, "test", True)
+    assert torch.equal(pixel_values(images, settings, model), expected)
     # The same from a checkpoint whose settings ask for it; CLIP's own `do_pad` means something else.
     assert torch.equal(mine(images, "llava", do_pad=True, image_processor_type="LlavaImageProcessorFast"), expected)
-    assert torch.equal(
-        mine(images, "llava", do_pad=True, image_processor_type="CLIPImageProcessor"), mine(images, "llava")
-    )
+    by_clip = mine(images, "llava", do_pad=True, image_processor_type="CLIPImageProcessor")
+    assert torch.equal(by_clip, mine(images, "llava"))
 
 
 def test_defaults_are_clip_at_224():
@@ -168,16 +145,14 @@ def test_defaults_are_clip_at_224():
 
     model, images = config("llava", 224), [noise("RGB", 130, 70)]
     settings = ImageSettings.from_dict({"image_processor_type": "CLIPImageProcessor"}, model, "test")
-    assert torch.equal(
-        pixel_values(images, settings, model), CLIPImageProcessorPil()(images, return_tensors="pt").pixel_values
-    )
+    expected = CLIPImageProcessorPil()(images, return_tensors="pt").pixel_values
+    assert torch.equal(pixel_values(images, settings, model), expected)
 
 
 def gradient(mode: str, height: int, width: int) -> Image.Image:
     """A page-like picture without random numbers: its pixels can never change between versions."""
-    pixels = bytes(
-        (7 * x * x + 13 * y * (x % 5) + 40 * c) % 256 for y in range(height) for x in range(width) for c in range(3)
-    )
+    places = itertools.product(range(height), range(width), range(3))
+    pixels = bytes((7 * x * x + 13 * y * (x % 5) + 40 * c) % 256 for y, x, c in places)
     return Image.frombytes("RGB", (width, height), pixels).convert(mode)
 
 
@@ -234,8 +209,8 @@ def png_of_size(width: int, height: int) -> bytes:
     """A PNG that promises more pixels than it holds."""
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     file = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")):
-        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for chunk_type, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")):
+        file += struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", zlib.crc32(chunk_type + data))
     return file
 
 

@@ -16,8 +16,9 @@ from minivlm.model.llava import Llava
 from text_checkpoints import STYLES, edit_json, tokenizer_json, write_checkpoint, write_tokenizer
 
 PIECES = [
-    "<image>", "<image>\n", "\n", "\n\n", " ", "  ", "USER:", " ASSISTANT:", "What is the date?", "日本", "é", "😀", "▁",
-    "<s>", "</s>", "<|eot_id|>", "<|begin_of_text|>", "[INST]", " [/INST]", "the fox", "<pad>", "<x>", " <y> ", "\u200b", "\x00",
+    "<image>", "<image>\n", "\n", "\n\n", " ", "  ", "USER:", " ASSISTANT:", "What is the date?", "日本", "é", "😀",
+    "▁", "<s>", "</s>", "<|eot_id|>", "<|begin_of_text|>", "[INST]", " [/INST]", "the fox", "<pad>", "<x>", " <y> ",
+    "\u200b", "\x00",
 ]  # fmt: skip
 TEXTS = [
     "",
@@ -46,7 +47,7 @@ SETTINGS = [
     {"add_prefix_space": False},
     {"pad_token": "<pad>", "additional_special_tokens": ["<x>"]},
     {"extra_special_tokens": {"image_token": "<image>", "foo_token": "<y>"}},
-    {"added_tokens_decoder": {str(i): each for i, each in zip((1, 2, 700, 701), ADDED)}},
+    {"added_tokens_decoder": {str(i): each for i, each in zip((1, 2, 700, 701), ADDED, strict=True)}},
 ]
 
 
@@ -125,18 +126,17 @@ def test_inputs_are_those_of_autoprocessor_and_fit_the_model(tmp_path, family, s
     config = write_checkpoint(tmp_path, style, family)
     processor, expected = Processor.from_folder(tmp_path, config), transformers.AutoProcessor.from_pretrained(tmp_path)
     expected.tokenizer.pad_token = expected.tokenizer.eos_token
-    prompts, groups = [row[0] for row in BATCHES[batch]], [images(*row[1:]) for row in BATCHES[batch]]
+    prompts = [prompt for prompt, *_ in BATCHES[batch]]
+    groups = [images(*sizes) for _, *sizes in BATCHES[batch]]
     flat = [image for group in groups for image in group]
     inputs = processor(prompts, groups)
     wanted = expected(text=prompts, images=flat or None, padding=True, padding_side="right", return_tensors="pt")
 
     assert inputs.lengths.tolist() == wanted.attention_mask.sum(1).tolist()
-    for ids, length, row in zip(inputs.input_ids, inputs.lengths, wanted.input_ids):
-        assert torch.equal(ids[:length], row[:length])
-    assert (
-        inputs.input_ids.dtype == inputs.lengths.dtype == torch.int64
-        and inputs.input_ids.shape[1] == inputs.lengths.max()
-    )
+    for ids, length, wanted_ids in zip(inputs.input_ids, inputs.lengths, wanted.input_ids, strict=True):
+        assert torch.equal(ids[:length], wanted_ids[:length])
+    assert inputs.input_ids.dtype == inputs.lengths.dtype == torch.int64
+    assert inputs.input_ids.shape[1] == inputs.lengths.max()
     assert inputs.image_sizes == [(image.height, image.width) for image in flat]
     if not flat:
         assert inputs.pixel_values is None
@@ -281,14 +281,13 @@ def test_images_in_a_later_turn(tmp_path):
     text = processor.next_turn(history, processor.user_message("the dog?", 1))
     assert text == "</s>USER: <image>\nthe dog? ASSISTANT:"
     inputs = processor([text], [images((56, 56))], continues=True)
-    assert (inputs.input_ids == processor.config.image_token_index).sum() == anyres.image_tokens(
-        (56, 56), processor.config
-    )
+    count = anyres.image_tokens((56, 56), processor.config)
+    assert (inputs.input_ids == processor.config.image_token_index).sum() == count
     assert inputs.pixel_values.shape[0] == 1
 
 
 def test_a_template_may_space_and_trim_answers(tmp_path):
-    """As the hub's LLaVA-1.5 template does: a space before and behind an answer, and no end-of-sequence token."""
+    """As the hub's LLaVA-1.5 template does: a space before and after an answer, and no end-of-sequence token."""
     config = write_checkpoint(tmp_path, "llama")
     turns = "{% for m in messages %}{{ m.role | upper }}: {{ m.content | trim }} {% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(turns + "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
@@ -303,9 +302,8 @@ def test_a_conversation_must_go_on_from_an_answer(tmp_path):
     for history in ([], [user]):
         with pytest.raises(UserError, match="must end with an answer"):
             processor.next_turn(history, user)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
+    counting = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(counting)
     processor = Processor.from_folder(tmp_path, processor.config)
     with pytest.raises(UserError, match="rewrites earlier turns"):
         processor.next_turn([user, {"role": "assistant", "content": "y"}], user)

@@ -1,4 +1,4 @@
-"""Chat templates: the same text as transformers' apply_chat_template, the built-in ones, and templates that misbehave."""
+"""Chat templates: the text of transformers' apply_chat_template, the built-in ones, and templates that misbehave."""
 
 import json
 
@@ -14,7 +14,8 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 # In the manner of the hub's LLaVA templates: images first, then texts; the generation tag around answers.
 PARTS = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{# images #}{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# images #}{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
     "{% if message['role'] != 'assistant' %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
     "{% else %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
@@ -26,7 +27,8 @@ HELPERS = (
     "{% for message in messages %}\n"
     "    {% set ns.turns = ns.turns + 1 %}\n"
     "    {% if message.role == 'system' %}{% continue %}{% endif %}\n"
-    "    {% if message.role not in ['user', 'assistant'] %}{{ raise_exception('bad role ' ~ message.role) }}{% endif %}\n"
+    "    {% if message.role not in ['user', 'assistant'] %}"
+    "{{ raise_exception('bad role ' ~ message.role) }}{% endif %}\n"
     "<{{ message.role }} {{ ns.turns }}>{{ {'é': '<&>'} | tojson }}{{ [1, 2] | tojson(indent=1) }}\n"
     "    {% for part in message.content %}\n"
     "        {%- if part.type == 'image' %}<image>{% else %}[{{ part.text | trim }}]{% endif %}\n"
@@ -41,19 +43,19 @@ TEXTS = (
 )
 
 
-def part(kind: str, text: str = "") -> dict:
-    return {"type": "image"} if kind == "image" else {"type": "text", "text": text}
+def part(text: str) -> dict:
+    return {"type": "image"} if text == "<image>" else {"type": "text", "text": text}
 
 
-def user(*parts: str) -> dict:
-    return {"role": "user", "content": [part("image") if text == "<image>" else part("text", text) for text in parts]}
+def user(*texts: str) -> dict:
+    return {"role": "user", "content": [part(text) for text in texts]}
 
 
 def answer(text: str) -> dict:
-    return {"role": "assistant", "content": [part("text", text)]}
+    return {"role": "assistant", "content": [part(text)]}
 
 
-SYSTEM = {"role": "system", "content": [part("text", "Be brief.")]}
+SYSTEM = {"role": "system", "content": [part("Be brief.")]}
 CONVERSATIONS = [
     [user("<image>", "What is it?")],
     [user("What is it?")],
@@ -106,12 +108,15 @@ BUILT = {
     "vicuna": (VICUNA + "USER: <image>\n{q} ASSISTANT:", "{a}</s>USER: {q} ASSISTANT:"),
     "mistral": ("[INST] <image>\n{q} [/INST]", "{a}</s>[INST] {q} [/INST]"),
     "chatml": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\n{q}<|im_end|><|im_start|>assistant\n",
+        "<|im_start|>system\nAnswer the questions.<|im_end|>"
+        "<|im_start|>user\n<image>\n{q}<|im_end|><|im_start|>assistant\n",
         "{a}<|im_end|><|im_start|>user\n{q}<|im_end|><|im_start|>assistant\n",
     ),
     "llama3": (
-        "<|start_header_id|>user<|end_header_id|>\n\n<image>\n{q}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        "{a}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\n{q}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{a}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
 }
 
@@ -172,10 +177,8 @@ def test_the_checkpoint_s_own_template_wins(tmp_path, present):
     assert rendered == f"<image>What? {expected}"
     if present != 8:  # transformers' processor does not look into tokenizer_config.json
         transformers = pytest.importorskip("transformers")
-        assert (
-            transformers.AutoProcessor.from_pretrained(tmp_path).apply_chat_template([user("<image>", "What?")])
-            == rendered
-        )
+        reference = transformers.AutoProcessor.from_pretrained(tmp_path)
+        assert reference.apply_chat_template([user("<image>", "What?")]) == rendered
 
 
 def test_named_templates(tmp_path):
@@ -224,7 +227,8 @@ ESCAPES = [
 BOMBS = [
     "{% for i in range(10 * 100000) %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% set r = range(9999) | list %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% set r = range(9999) | list %}"
+    "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% for a in [[[[]]]] recursive %}{{ loop(a) }}{{ loop([a, a]) }}{% endfor %}",

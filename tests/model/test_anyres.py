@@ -34,19 +34,19 @@ def next_config(name: str = "hub") -> VLMConfig:
 def sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:
     """Page sizes, tiny ones, thin ones, and near-squares, where the choices are closest."""
     rng = random.Random(seed)
-    found = [(1, 1), (1, 2000), (2000, 1), (2, 2000), (336, 336), (672, 336), (337, 336)]
+    drawn = [(1, 1), (1, 2000), (2000, 1), (2, 2000), (336, 336), (672, 336), (337, 336)]
     for _ in range(count):
-        kind = rng.randrange(4)
-        if kind == 0:
-            found.append((rng.randint(1, 4000), rng.randint(1, 4000)))
-        elif kind == 1:
-            found.append((rng.randint(1, 40), rng.randint(1, 40)))
-        elif kind == 2:
-            found.append(tuple(rng.sample([rng.randint(1, 9), rng.randint(1, 3000)], 2)))
+        choice = rng.randrange(4)
+        if choice == 0:
+            drawn.append((rng.randint(1, 4000), rng.randint(1, 4000)))
+        elif choice == 1:
+            drawn.append((rng.randint(1, 40), rng.randint(1, 40)))
+        elif choice == 2:
+            drawn.append(tuple(rng.sample([rng.randint(1, 9), rng.randint(1, 3000)], 2)))
         else:
             side = rng.randint(1, 1500)
-            found.append((side, max(1, side + rng.randint(-3, 3))))
-    return found
+            drawn.append((side, max(1, side + rng.randint(-3, 3))))
+    return drawn
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_unpadding_and_counts_are_the_reference_s(name):
     counter._get_unpadded_features = lambda *args: processing.LlavaNextProcessor._get_unpadded_features(counter, *args)
     side = tile // patch
     for size in sizes(3000, seed=3):
-        rows, cols = anyres.tile_grid(size, config)
-        grid = (rows * side, cols * side)
+        grid_h, grid_w = anyres.tile_grid(size, config)
+        grid = (grid_h * side, grid_w * side)
         features = torch.arange(grid[0] * grid[1]).view(1, *grid)
         top, bottom, left, right = anyres.unpadded_box(size, grid)
         assert torch.equal(features[:, top:bottom, left:right], modeling.unpad_image(features, size)), size

@@ -29,13 +29,14 @@ def oracle(tmp_path_factory):
     return results
 
 
-def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
+def compare(results: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert results.keys() == wanted.keys()
     for name in wanted:
         if name == "tokens":
-            assert found[name].tolist() == wanted[name].tolist()
+            assert results[name].tolist() == wanted[name].tolist()
         else:
-            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-4, msg=lambda text: f"{name}: {text}")
+            message = f"{name}: {{}}".format
+            torch.testing.assert_close(results[name], wanted[name], rtol=0, atol=1e-4, msg=message)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -46,10 +47,10 @@ def test_against_transformers(tmp_path, oracle, family, kv_heads, layout):
     folder = tiny.write(tmp_path, family, kv_heads=kv_heads, layout=layout, shards=1 + (layout == "b"), tokenizer=False)
     model = load_model(folder, device="cpu")
     prompts = [make_prompt(model.config, case) for case in CASES]
-    for prompt, case in zip(prompts, CASES):
+    for prompt, case in zip(prompts, CASES, strict=True):
         compare(ours(model, [prompt])[0], wanted[case])
-    for found, case in zip(ours(model, prompts), CASES):  # the same three as one ragged batch
-        compare(found, wanted[case])
+    for results, case in zip(ours(model, prompts), CASES, strict=True):  # the same three as one ragged batch
+        compare(results, wanted[case])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -109,34 +110,18 @@ def test_what_a_sparse_config_leaves_out(model_type, text_type):
         sparse["vision_config"]["image_size"] = 336
     theirs = transformers.AutoConfig.for_model(**sparse)
     ours = VLMConfig.from_dict(sparse)
-    for field in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ):
+    shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for field in (*shared, "num_key_value_heads"):
         assert getattr(ours.text, field) == getattr(theirs.text_config, field), field
     assert ours.text.rms_norm_eps == theirs.text_config.rms_norm_eps
     assert ours.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
     window = getattr(theirs.text_config, "sliding_window", None) or theirs.text_config.max_position_embeddings
     assert ours.text.context_length == min(window, theirs.text_config.max_position_embeddings)
-    for field in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "image_size",
-        "patch_size",
-        "hidden_act",
-    ):
+    for field in (*shared, "image_size", "patch_size", "hidden_act"):
         assert getattr(ours.vision, field) == getattr(theirs.vision_config, field), field
     assert ours.vision.layer_norm_eps == theirs.vision_config.layer_norm_eps
-    assert (
-        ours.image_token_index == theirs.image_token_index
-        and ours.select_strategy == theirs.vision_feature_select_strategy
-    )
+    assert ours.image_token_index == theirs.image_token_index
+    assert ours.select_strategy == theirs.vision_feature_select_strategy
     assert ours.vision_feature_layers == (theirs.vision_config.num_hidden_layers + 1 + theirs.vision_feature_layer,)
-    assert [list(pair) for pair in ours.image_grid_pinpoints] == [
-        list(p) for p in getattr(theirs, "image_grid_pinpoints", [])
-    ]
+    pinpoints = [list(pair) for pair in getattr(theirs, "image_grid_pinpoints", [])]
+    assert [list(pair) for pair in ours.image_grid_pinpoints] == pinpoints
