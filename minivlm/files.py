@@ -1,4 +1,4 @@
-"""Small files: reading JSON from outside, and writing results so that a failure never leaves half of one behind."""
+"""Reading JSON files from outside, and writing files so that a failure never leaves half of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from minivlm.errors import UserError
 
 
 def read_json_object(path: Path) -> dict:
-    """The object in a JSON file, or an empty one if there is no such file. Raises `UserError` for anything else."""
+    """The object in a JSON file, or an empty one if there is no such file.
+
+    Raises `UserError` for a file that cannot be read or holds anything else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -25,9 +28,10 @@ def read_json_object(path: Path) -> dict:
 
 
 def expect_writable(path: Path) -> None:
-    """Check that `write_whole` can create `path`. Call it before long work, so that the work is not lost.
+    """Check that `write_whole` can create `path`; for use before long work whose result it takes.
 
-    Raises `UserError` if `path` is a folder, or if its parent folder is missing or cannot be written.
+    Raises `UserError` if `path` is a folder, or if its parent folder is missing or cannot be
+    written.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder (expected the name of a file to write)")
@@ -40,14 +44,14 @@ def expect_writable(path: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write `path` completely or not at all.
 
-    `write` receives the path of a scratch file in the same folder. The scratch file replaces `path` only if `write`
-    succeeds. Raises `UserError` if the folder or the file cannot be written.
+    `write` receives the path of a scratch file in the same folder. The scratch file replaces `path`
+    only if `write` succeeds. Raises `UserError` if the folder or the file cannot be written.
     """
     path = Path(path)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; a result file follows the process's umask
+        os.chmod(name, 0o666 & ~_umask())  # as `open` would; mkstemp makes private files
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     try:

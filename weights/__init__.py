@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face layout: found on disk or on the hub, checked and loaded. Also the bundled demo."""
+"""Checkpoints in Hugging Face layout: found, checked and loaded; and the bundled demo."""
 
 from weights.build import load, load_model
 from weights.find import DEMO, find_checkpoint

@@ -1,8 +1,8 @@
 """From a checkpoint folder to a model that answers.
 
-The modules are created on the meta device, which takes no memory. Then every parameter is allocated once, in its final
-dtype on its final device, and filled from the file. Peak memory is therefore the weights in that dtype plus a staging
-buffer of fixed size.
+The modules are created on the meta device, which takes no memory. Then every parameter is allocated
+once, in its final dtype on its final device, and filled from the file. Peak memory is therefore the
+weights in that dtype plus a staging buffer of fixed size.
 """
 
 from __future__ import annotations
@@ -38,22 +38,27 @@ def load(
     pad_to_square: bool | None = None,
     progress: bool = True,
 ) -> VLM:
-    """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint: a folder, a hub id (`owner/name`), or None for the bundled demo.
+    """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint.
 
+    - `model`: a folder, a hub id (`owner/name`), or None for the bundled demo.
     - `device`: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.
-    - `dtype`: auto (the checkpoint's dtype on CUDA, float32 on the CPU), float32, bfloat16 or float16.
-    - `compile`: run decode steps and the blocks of the prefill through torch.compile. Compiling takes about a minute,
-      which only long answers or many of them earn back. Without a compiler everything runs eagerly, with a note on
-      stderr.
-    - `pad_to_square` (LLaVA-1.5 only): pad images with the mean colour, as the original LLaVA does, instead of cropping
-      them, as transformers does. With None, the checkpoint decides.
-    - `progress`: show a progress bar on stderr, if it is a terminal, for checkpoints larger than 1 GiB.
+    - `dtype`: auto (the checkpoint's dtype on CUDA, float32 on the CPU), float32, bfloat16 or
+      float16.
+    - `compile`: run decode steps and the blocks of the prefill through torch.compile. Compiling
+      takes about a minute, which only long answers or many of them earn back. Without a compiler
+      everything runs eagerly, with a note on stderr.
+    - `pad_to_square` (LLaVA-1.5 only): pad images with the mean colour, as the original LLaVA does,
+      instead of cropping them, as transformers does. With None, the checkpoint decides.
+    - `progress`: show a progress bar on stderr, if it is a terminal, for checkpoints larger than 1
+      GiB.
 
-    A folder without tokenizer.json makes a model without a processor, which takes ids and pixels but no text. Raises
-    `UserError` for anything that is wrong with the checkpoint, and for weights that do not fit the device.
+    A folder without tokenizer.json makes a model without a processor, which takes ids and pixels
+    but no text. Raises `UserError` for anything that is wrong with the checkpoint, and for weights
+    that do not fit the device.
     """
     folder = find_checkpoint(model)
-    # The small files are read first, so that mistakes in them are reported before gigabytes are read.
+    # The small files are read first, so that mistakes in them are reported before gigabytes are
+    # read.
     processor = None
     if (folder / "tokenizer.json").is_file():
         processor = Processor.from_folder(folder, read_config(folder), pad_to_square=pad_to_square)
@@ -65,7 +70,7 @@ def load(
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progress: bool = True) -> Llava:
-    """The model alone, in evaluation mode and without gradients. Arguments and errors are those of `load`."""
+    """The model alone, without gradients. Arguments and errors are those of `load`."""
     target = _device(device)
     config = read_config(folder)
     final_dtype = _dtype(dtype, config, target)
@@ -76,7 +81,8 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored = match(read_headers(folder), shapes, config, folder)
 
-    # 2) Check that the weights fit. On Linux, allocating too much would not fail; the process would be killed later.
+    # 2) Check that the weights fit. On Linux, allocating too much would not fail; the process would
+    #    be killed later.
     needed = sum(parameter.nbytes for parameter in model.parameters())
     free = _free_bytes(target)
     if free is not None and needed > free:
@@ -96,9 +102,10 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
 
 
 def read_config(folder: Path) -> VLMConfig:
-    """The configuration in a folder's `config.json` and, if there is one, its `generation_config.json`.
+    """The configuration in a folder's `config.json` and `generation_config.json`, if there is one.
 
-    Raises `UserError` if there is no `config.json`, or it describes something that is not supported.
+    Raises `UserError` if there is no `config.json`, or it describes something that is not
+    supported.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json (expected a checkpoint folder in Hugging Face layout)")
@@ -113,9 +120,8 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not supported (expected auto, cpu, cuda or cuda:N)")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
-        )
+        count = torch.cuda.device_count()
+        raise UserError(f"device {name!r}: this machine has {count} CUDA devices that torch can use")
     return device
 
 
@@ -135,4 +141,5 @@ def _free_bytes(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) * 1024 if available else None

@@ -1,8 +1,9 @@
 """Finds a checkpoint: a folder, the bundled demo, or a repository on the Hugging Face hub.
 
-From the hub, only the files that loading needs are downloaded, all from the same commit. They go into the cache of the
-huggingface-hub package, which reads its usual settings: HF_HOME, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE, with which
-the hub is never asked. If the hub cannot be reached, a complete cached copy is used.
+From the hub, only the files that loading needs are downloaded, all from the same commit. They go
+into the cache of the huggingface-hub package, which reads its usual settings: HF_HOME, HF_TOKEN,
+HF_ENDPOINT, and HF_HUB_OFFLINE, with which the hub is never asked. If the hub cannot be reached, a
+complete cached copy is used.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from minivlm.errors import UserError
 from weights.read import INDEX, WEIGHTS, shard_names
@@ -32,9 +38,10 @@ _SMALL_FILES = [
 
 
 def find_checkpoint(model: str | Path | None = None) -> Path:
-    """The folder of a checkpoint: `model` is a path, a hub id (`owner/name`), or None for the bundled demo.
+    """The folder of a checkpoint.
 
-    An existing folder is preferred to a hub id of the same name. Raises `UserError` for a path that does not exist and
+    `model` is a path, a hub id (`owner/name`), or None for the bundled demo. An existing folder is
+    preferred to a hub id of the same name. Raises `UserError` for a path that does not exist and
     for a download that cannot be completed.
     """
     if model is None:
@@ -46,9 +53,12 @@ def find_checkpoint(model: str | Path | None = None) -> Path:
         raise UserError(f"{model}: is a file (expected a checkpoint folder or a hub id)")
     if isinstance(model, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model, re.ASCII):
         raise UserError(f"{model}: no such folder, and not a hub id (expected owner/name)")
-    # The index, if there is one, says which files hold the weights. They are taken from the commit of the index.
+    # The index, if there is one, says which files hold the weights. They are taken from the commit
+    # of the index.
     folder = _fetch(model, None, _SMALL_FILES)
-    files = sorted(set(shard_names(folder / INDEX).values())) if (folder / INDEX).is_file() else [WEIGHTS]
+    files = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        files = sorted(set(shard_names(folder / INDEX).values()))
     folder = _fetch(model, folder.name, files)
     if missing := [file for file in ["config.json", *files] if not (folder / file).is_file()]:
         raise UserError(
@@ -58,7 +68,10 @@ def find_checkpoint(model: str | Path | None = None) -> Path:
 
 
 def _fetch(repo: str, commit: str | None, files: list[str]) -> Path:
-    """Download files of a repository and return the folder of the cached snapshot. `commit` None is the main branch."""
+    """Download files of a repository and return the folder of the cached snapshot.
+
+    `commit` None is the newest commit of the main branch.
+    """
     try:
         return Path(snapshot_download(repo, revision=commit, allow_patterns=files))
     except GatedRepoError:
@@ -73,12 +86,13 @@ def _fetch(repo: str, commit: str | None, files: list[str]) -> Path:
         raise UserError(f"{repo}: {_answer(error)}") from None
     except LocalEntryNotFoundError as error:
         raise UserError(f"{repo}: not complete in the local cache, and {_reason(error)}") from None
-    except Exception as error:  # errors of the HTTP library, which differ between versions of huggingface-hub
-        raise UserError(f"{repo}: download failed: {type(error).__name__}: {_first_line(error)}") from error
+    except Exception as error:  # of the HTTP library, which depends on huggingface-hub's version
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{repo}: download failed: {reason}") from error
 
 
 def _reason(error: LocalEntryNotFoundError) -> str:
-    """Why the hub was not asked or did not answer, which huggingface-hub records as the error's cause."""
+    """Why the hub was not asked or did not answer."""
     cause = error.__cause__
     if isinstance(cause, HfHubHTTPError):
         return _answer(cause)

@@ -1,8 +1,8 @@
 """Matches the names of tensors on disk with the parameters of `minivlm.model.llava.Llava`.
 
-Checkpoints name their tensors in three ways, the key layouts: (a) the hub's, (b) the module names of transformers since
-4.52, and (c) what transformers 5 saves, which is (a) with a shorter prefix for the vision tower. They differ from ours
-in prefixes only.
+Checkpoints name their tensors in three ways, the key layouts: (a) the hub's, (b) the module names
+of transformers since 4.52, and (c) what transformers 5 saves, which is (a) with a shorter prefix
+for the vision tower. They differ from ours in prefixes only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PREFIXES = (
     ("model.multi_modal_projector.", "multi_modal_projector."),  # (b)
     ("model.image_newline", "image_newline"),  # (b)
 )
-_BUFFERS = re.compile(r".*\.(inv_freq|position_ids)")  # old checkpoints store them, although they can be computed
+_BUFFERS = re.compile(r".*\.(inv_freq|position_ids)")  # computed here, but old checkpoints store them
 _SHOWN = 4  # names that a message lists
 
 
@@ -41,11 +41,12 @@ def match(
 ) -> dict[str, StoredTensor]:
     """Find the tensor on disk for each of the model's parameters.
 
-    `stored` are the tensors on disk and `expected` the shapes of the parameters, each by name. The result has the names
-    of `expected`. Buffers, and parts of the vision tower that are never used, are left out.
+    `stored` are the tensors on disk and `expected` the shapes of the parameters, each by name. The
+    result has the names of `expected`. Buffers, and parts of the vision tower that are never used,
+    are left out.
 
-    Raises `UserError`, naming the tensors, for any that are missing, unexpected or there twice, and for a wrong shape
-    or a dtype other than float32, float16 or bfloat16.
+    Raises `UserError`, naming the tensors, for any that are missing, unexpected or there twice, and
+    for a wrong shape or a dtype other than float32, float16 or bfloat16.
     """
     matches: dict[str, StoredTensor] = {}
     unexpected = []
@@ -76,7 +77,7 @@ def match(
 
 
 def _unused(name: str, config: VLMConfig) -> bool:
-    """Whether a tensor belongs to a part of the vision tower after the last layer that LLaVA reads."""
+    """Whether a tensor belongs to the vision tower after the last layer that LLaVA reads."""
     if name.startswith("vision_tower.post_layernorm."):
         return True
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)

@@ -1,10 +1,11 @@
 """Reads safetensors files: headers are checked strictly, tensors are streamed into place.
 
-A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the
-bytes of the tensors without gaps (https://github.com/huggingface/safetensors#format). The header is parsed here so that
-a message can name the file and the tensor at fault. The data is read rather than memory-mapped for two reasons: the
-pages of a mapped file count as resident memory beside the tensors made from them, and a file that is cut short while it
-is mapped kills the process.
+A safetensors file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape,
+data_offsets}}, and the bytes of the tensors without gaps
+(https://github.com/huggingface/safetensors#format). The header is parsed here so that a message can
+name the file and the tensor at fault. The data is read rather than memory-mapped for two reasons:
+the pages of a mapped file count as resident memory beside the tensors made from them, and a file
+that is cut short while it is mapped kills the process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-_STAGE = 16 << 20  # bytes read at once, which is all the memory that loading needs besides the tensors themselves
+_STAGE = 16 << 20  # bytes read at once: all the memory that loading needs besides the tensors
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class StoredTensor:
 def shard_names(index: Path) -> dict[str, str]:
     """The file name of each tensor, as an index states it.
 
-    Raises `UserError` if a shard is not a plain file name. An index that names `../x` or an absolute path could make us
-    read, or download, something that does not belong to the checkpoint.
+    Raises `UserError` if a shard is not a plain file name. An index that names `../x` or an
+    absolute path could make us read, or download, something that does not belong to the checkpoint.
     """
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -58,16 +59,18 @@ def shard_names(index: Path) -> dict[str, str]:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint folder, by their names on disk. An index is preferred to a single file.
+    """All tensors of a checkpoint folder, by their names on disk.
 
-    Raises `UserError` if there are no safetensors, a shard is missing, a file is damaged, or the index and the shards
-    disagree.
+    An index is preferred to a single file. Raises `UserError` if there are no safetensors, a shard
+    is missing, a file is damaged, or the index and the shards disagree.
     """
     index = folder / INDEX
     if not index.is_file():
         if not (folder / WEIGHTS).is_file():
             pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-            hint = "; pickle checkpoints (.bin, .pt, .pth) are not read, convert them to safetensors" if pickles else ""
+            hint = ""
+            if pickles:
+                hint = "; pickle checkpoints (.bin, .pt, .pth) are not read, convert them to safetensors"
             raise UserError(f"{folder}: no {WEIGHTS} or {INDEX}{hint}")
         return read_header(folder / WEIGHTS)
     names = shard_names(index)
@@ -86,7 +89,10 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises `UserError` unless its header describes every byte of it."""
+    """The tensors of one safetensors file.
+
+    Raises `UserError` unless the header describes every byte of the file.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -104,7 +110,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged safetensors header ({error})") from None
-    # Sorted by their place, the tensors have to follow one another without gaps up to the end of the file.
+    # Sorted by their place, the tensors have to follow one another without gaps up to the end of
+    # the file.
     end = 8 + length
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != end:
@@ -120,10 +127,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def fill(tensors: Iterable[tuple[StoredTensor, Tensor]], progress: Callable[[int], object]) -> None:
-    """Read each stored tensor into a contiguous target tensor with the same number of elements, in file order.
+    """Read each stored tensor into a contiguous target tensor with the same number of elements.
 
-    The target may have another dtype and device: tensors are converted on the way, `_STAGE` bytes at a time. `progress`
-    is called with the number of bytes read. Raises `UserError` if a file turns out to be shorter than it was.
+    Files are read in order. The target may have another dtype and device: tensors are converted on
+    the way, `_STAGE` bytes at a time. `progress` is called with the number of bytes read. Raises
+    `UserError` if a file turns out to be shorter than it was.
     """
     stage = bytearray(_STAGE)
     window = memoryview(stage)  # what the file is read into,
@@ -146,7 +154,7 @@ def fill(tensors: Iterable[tuple[StoredTensor, Tensor]], progress: Callable[[int
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object as a dictionary. `json` alone would silently keep the last of several equal keys."""
+    """A JSON object as a dictionary; `json` alone would silently keep the last of equal keys."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]

@@ -1,9 +1,10 @@
-"""A picture of what the cache holds: the image with its patches coloured as evicted, secondary or core.
+"""A picture of what the cache holds: an image whose patches are evicted, secondary or core.
 
-`token_boxes` says which part of an image each vision token sees. It inverts the resizing, cropping and tiling of
-`minivlm.inputs.images` and the unpadding and packing of `minivlm.model.llava`. `token_states` says what became of each
-token, and `draw_overlay` paints these states over the image. A LLaVA-NeXT image is shown twice, under its tiles and
-under its base view, because these see it at different resolutions.
+`token_boxes` says which part of an image each vision token sees. It inverts the resizing, cropping
+and tiling of `minivlm.inputs.images` and the unpadding and packing of `minivlm.model.llava`.
+`token_states` says what became of each token, and `draw_overlay` paints these states over the
+image. A LLaVA-NeXT image is shown twice, under its tiles and under its base view, because these see
+it at different resolutions.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from minivlm.inputs.images import ImageSettings, to_rgb
 from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image; x1 and y1 lie just outside
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels; x1 and y1 lie just outside
 
-# Colour and opacity of evicted, secondary and core. They are weak enough to keep the text of a page legible, and no
-# mixture of two of these hues looks like the third.
+# Colour and opacity of evicted, secondary and core. They are weak enough to keep the text of a page
+# legible, and no mixture of two of these hues looks like the third.
 _COLOURS = (
     ((70, 75, 95), 0.62),
     ((255, 215, 60), 0.45),
@@ -40,11 +41,16 @@ _LINE = 40  # height of a line of text
 _FONT = 22  # size of its letters
 
 
-def token_boxes(image_size: anyres.Size, config: VLMConfig, settings: ImageSettings | None = None) -> list[Box | None]:
-    """The box that each vision token of an image of (height, width) sees, clipped to the image, in prompt order.
+def token_boxes(
+    image_size: anyres.Size,
+    config: VLMConfig,
+    settings: ImageSettings | None = None,
+) -> list[Box | None]:
+    """The boxes on an image of (height, width) that its N vision tokens see, in prompt order.
 
-    The N boxes are None for tokens that see no part of the image: newlines, the class token, patches of padding.
-    `settings` matters for LLaVA-1.5 only; without it, the shortest edge is resized to the tile and the centre cropped.
+    Boxes are clipped to the image. They are None for tokens that see no part of the image:
+    newlines, the class token, patches of padding. `settings` matters for LLaVA-1.5 only; without
+    it, the shortest edge is resized to the tile and the centre cropped.
     """
     side = config.vision.grid
     tile = config.vision.image_size
@@ -57,20 +63,22 @@ def token_boxes(image_size: anyres.Size, config: VLMConfig, settings: ImageSetti
     # The base view is the whole image, squashed to one tile.
     base = _grid_boxes(image_size, _ratio((tile, tile), image_size), (0, 0), whole_tile, config)
 
-    # The tiles cover the image fitted into its best resolution; tokens that see only padding are left out.
+    # The tiles cover the image fitted into its best resolution, with padding on two sides. Tokens
+    # that see only padding are left out, and a newline ends each line.
     target = anyres.best_resolution(image_size, config.image_grid_pinpoints)
     fitted = anyres.fitted_size(image_size, target)
-    rows, cols = anyres.tile_grid(image_size, config)
-    unpadded = anyres.unpadded_box(image_size, (rows * side, cols * side))
+    grid_h, grid_w = anyres.tile_grid(image_size, config)
+    unpadded = anyres.unpadded_box(image_size, (grid_h * side, grid_w * side))
     before = anyres.padding_before(fitted, target)
     tiles = _grid_boxes(image_size, _ratio(fitted, image_size), before, unpadded, config)
-    return list(chain(*base)) + list(chain.from_iterable([*line, None] for line in tiles))  # a newline ends each line
+    with_newlines = [[*line, None] for line in tiles]
+    return list(chain(*base, *with_newlines))
 
 
 def _cropping(
     image: anyres.Size, tile: int, settings: ImageSettings | None
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """LLaVA-1.5: (scale, shift) from pixels of the image to pixels of the cropped tile, each for (y, x)."""
+    """LLaVA-1.5: (scale, shift) from the image to the cropped tile, each for (y, x), in pixels."""
     height, width = image
     pad_top = 0
     pad_left = 0
@@ -100,7 +108,7 @@ def _grid_boxes(
     window: tuple[int, int, int, int],
     config: VLMConfig,
 ) -> list[list[Box | None]]:
-    """Boxes of the tokens in `window` (top, bottom, left, right) of a grid over tiles, line by line.
+    """Boxes of the tokens in a `window` (top, bottom, left, right) of a grid, line by line.
 
     Pixel (y, x) of the image lies at scale · (y, x) + shift on the tiles.
     """
@@ -117,14 +125,19 @@ def _grid_boxes(
     top, bottom, left, right = window
     spans_y = [span(line, 0) for line in range(top, bottom)]
     spans_x = [span(col, 1) for col in range(left, right)]
-    return [[(x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None for x0, x1 in spans_x] for y0, y1 in spans_y]
+
+    def box(y0: float, y1: float, x0: float, x1: float) -> Box | None:
+        return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+    return [[box(*span_y, *span_x) for span_x in spans_x] for span_y in spans_y]
 
 
 def token_states(recorder: Recorder, vision_positions: Sequence[int], step: int | None = None) -> Tensor:
-    """Shares [L, 3, N] of the key/value heads in which a vision token is evicted, secondary or core after `step`.
+    """Shares [L, 3, N] of the heads in which a token is evicted, secondary and core after `step`.
 
-    With `step` None, this is the last step that chose cores or, if none did, the end of the recording. A policy without
-    cores has no secondary tokens; whatever it keeps counts as core. Raises `UserError` for a negative step.
+    The N tokens are those at `vision_positions`. With `step` None, it is the last step that chose
+    cores or, if none did, the end of the recording. A policy without cores has no secondary tokens;
+    whatever it keeps counts as core. Raises `UserError` for a negative step.
     """
     if step is not None and step < 0:
         raise UserError(f"step is {step} (expected 0, the prefill, or more)")
@@ -139,7 +152,8 @@ def token_states(recorder: Recorder, vision_positions: Sequence[int], step: int 
     core = kept
     if choices:
         core_positions = choices[-1][1]  # one [C] tensor per layer
-        core = kept * torch.stack([torch.isin(vision, positions.long()) for positions in core_positions])
+        is_core = [torch.isin(vision, positions.long()) for positions in core_positions]
+        core = kept * torch.stack(is_core)
     return torch.stack((1 - kept, kept - core, core), dim=1)
 
 
@@ -159,11 +173,11 @@ def draw_overlay(
     step: int | None = None,
     settings: ImageSettings | None = None,
 ) -> Image.Image:
-    """Paint the states after `step` over each image, once as the mean of all layers and once for one layer.
+    """Paint the states after `step` over each image, as the mean of all layers and for one layer.
 
-    `vision_positions` are those of the vision tokens of all images, in prompt order. `layer_idx` None is the middle
-    layer; `step` is explained in `token_states` and `settings` in `token_boxes`. Raises `UserError` for a layer or step
-    that does not exist.
+    `vision_positions` are those of the vision tokens of all images, in prompt order. `layer_idx`
+    None is the middle layer; `step` is explained in `token_states` and `settings` in `token_boxes`.
+    Raises `UserError` for a layer or step that does not exist.
     """
     boxes = [token_boxes((image.height, image.width), config, settings) for image in images]
     counts = [len(image_boxes) for image_boxes in boxes]
@@ -174,8 +188,13 @@ def draw_overlay(
     if layer_idx is None:
         layer_idx = num_layers // 2
     check_layer(layer_idx, num_layers)
-    shown = {f"mean of {num_layers} layers": states.mean(dim=0), f"layer {layer_idx}": states[layer_idx]}
-    labels = {0: "evicted", 1: "secondary", 2: "core"} if recorder.cores else {0: "evicted", 2: "kept"}
+    shown = {
+        f"mean of {num_layers} layers": states.mean(dim=0),
+        f"layer {layer_idx}": states[layer_idx],
+    }
+    labels = {0: "evicted", 2: "kept"}
+    if recorder.cores:
+        labels = {0: "evicted", 1: "secondary", 2: "core"}
 
     lines: list[list[Image.Image]] = []
     start = 0
@@ -196,7 +215,7 @@ def _image_panels(
     labels: dict[int, str],
     config: VLMConfig,
 ) -> list[list[Image.Image]]:
-    """The panels of one image, line by line: a line for each entry of `shares` (title: [3, n]), a column for each view.
+    """The panels of one image: a line for each of `shares` [3, n], a column for each view.
 
     LLaVA-1.5 has a single view, so that there all panels stand in one line.
     """
@@ -233,7 +252,8 @@ def _panel(
 ) -> Image.Image:
     """The page under the mixed colours of its tokens, below a line of text that sums them up.
 
-    `shares` [3, n] are those of the n tokens of `boxes`; `zoom` (x, y) leads from pixels of the image to the page's.
+    `shares` [3, n] are those of the n tokens of `boxes`; `zoom` (x, y) leads from pixels of the
+    image to the page's.
     """
     veil = Image.new("RGBA", page.size)
     pencil = ImageDraw.Draw(veil)
@@ -260,8 +280,8 @@ def _mixed(shares: Sequence[float]) -> tuple[int, int, int, int]:
     alpha = sum(weights)
     colours = [colour for colour, _ in _COLOURS]
     red, green, blue = (
-        round(sum(weight * colour[channel] for weight, colour in zip(weights, colours, strict=True)) / alpha)
-        for channel in range(3)
+        round(sum(weight * part for weight, part in zip(weights, channel, strict=True)) / alpha)
+        for channel in zip(*colours, strict=True)
     )
     return red, green, blue, round(255 * alpha)
 

@@ -1,1 +1,1 @@
-"""From what a user gives to what the network takes: images, chat templates, tokenizers, the processor."""
+"""From a user's text and images to the network's inputs: images, templates, tokenizers, processor."""

@@ -1,10 +1,10 @@
 """From an image file to CLIP's pixel values: safe loading, LLaVA-1.5's crop, LLaVA-NeXT's tiles.
 
-Pixel values are bit-identical to those of the PIL backend of transformers' `CLIPImageProcessor`, `LlavaImageProcessor`
-and `LlavaNextImageProcessor`. Their settings come from a checkpoint's `preprocessor_config.json`, or nested in its
-`processor_config.json`. An image *file* is turned upright by its EXIF tag, as transformers' `load_image` does; a
-`PIL.Image` is taken as it is. Transparent pixels become white, as in the image processors. All sizes are
-(height, width).
+Pixel values are bit-identical to those of the PIL backend of transformers' `CLIPImageProcessor`,
+`LlavaImageProcessor` and `LlavaNextImageProcessor`. Their settings come from a checkpoint's
+`preprocessor_config.json`, or nested in its `processor_config.json`. An image *file* is turned
+upright by its EXIF tag, as transformers' `load_image` does; a `PIL.Image` is taken as it is.
+Transparent pixels become white, as in the image processors. All sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ class ImageSettings:
     rescale: float  # factor from bytes to numbers around 1
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    pad_to_square: bool  # LLaVA-1.5 only: pad with the mean colour, as the original LLaVA does, instead of cropping
+    pad_to_square: bool  # LLaVA-1.5 only: pad with the mean colour instead of cropping
 
     @classmethod
     def from_dict(cls, raw: Mapping, config: VLMConfig, name: str, pad_to_square: bool | None = None) -> ImageSettings:
         """Read an image processor's dictionary, which comes from the file `name`.
 
-        Missing keys have the defaults of transformers. With `pad_to_square` None, the file decides. Raises `UserError`,
-        naming the key, for a value that is not supported or does not fit the model.
+        Missing keys have the defaults of transformers. With `pad_to_square` None, the file decides.
+        Raises `UserError`, naming the key, for a value that is not supported or does not fit the
+        model.
         """
         for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not raw.get(key, True):
@@ -69,7 +70,8 @@ class ImageSettings:
 def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     """An image with its pixels read, turned upright if it comes from a file.
 
-    Raises `UserError` for a file that is missing, damaged, not an image, suspiciously large, or of several pages.
+    Raises `UserError` for a file that is missing, damaged, not an image, suspiciously large, or of
+    several pages.
     """
     name = "image" if isinstance(source, Image.Image) else str(source)
     try:
@@ -89,7 +91,7 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
         raise UserError(f"{name}: more than {limit} pixels, which Pillow takes for a decompression bomb") from None
     except UserError:
         raise
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ... on damaged data
+    except Exception as error:  # on damaged data, decoders raise OSError, SyntaxError, struct.error, ...
         raise UserError(f"{name}: the image cannot be read ({' '.join(str(error).split())})") from None
     if not image.width or not image.height:
         raise UserError(f"{name}: the image is empty ({image.width}x{image.height} pixels)")
@@ -97,7 +99,10 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image with three channels; transparent pixels become white. Raises `UserError` for an unusual mode."""
+    """The image with three channels; transparent pixels become white.
+
+    Raises `UserError` for a mode that Pillow cannot convert.
+    """
     try:
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -110,8 +115,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def pixel_values(images: Sequence[Image.Image], settings: ImageSettings, config: VLMConfig) -> Tensor:
     """The float32 pixel values of images: [I, 3, s, s], or for LLaVA-NeXT [I, tiles, 3, s, s].
 
-    Tile 0 is the base view. Images with fewer tiles than others end in zero tiles. Raises `UserError` for an image of
-    extreme proportions.
+    Tile 0 is the base view. Images with fewer tiles than others end in zero tiles. Raises
+    `UserError` for an image of extreme proportions.
     """
     if not config.is_next:
         return _to_tensor([_cropped(to_rgb(image), settings) for image in images], settings)
@@ -121,8 +126,8 @@ def pixel_values(images: Sequence[Image.Image], settings: ImageSettings, config:
 
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        # In an MPO file, a phone's JPEG, the second frame is a preview. In any other file, taking the first frame would
-        # silently lose pages.
+        # In an MPO file, a phone's JPEG, the second frame is a preview. In any other file, taking
+        # the first frame would silently lose pages.
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise UserError(f"{path}: holds {frames} frames or pages (expected one image)")
@@ -136,7 +141,8 @@ def _cropped(image: Image.Image, settings: ImageSettings) -> Image.Image:
         image = _padded_to_square(image, tuple(int(channel * 255) for channel in settings.mean))
     height, width = _resized_size(image, settings)
     if height * width > _MAX_RESIZED_PIXELS:
-        raise UserError(f"an image of {image.width}x{image.height} pixels is too thin: resized it is {width}x{height}")
+        size = f"{image.width}x{image.height}"
+        raise UserError(f"an image of {size} pixels is too thin: resized it is {width}x{height}")
     image = image.resize((width, height), settings.resample)
     top = (height - settings.tile) // 2
     left = (width - settings.tile) // 2
@@ -144,7 +150,7 @@ def _cropped(image: Image.Image, settings: ImageSettings) -> Image.Image:
 
 
 def _resized_size(image: Image.Image, settings: ImageSettings) -> anyres.Size:
-    """(height, width) of the image after resizing; with a shortest edge given, its proportions are kept."""
+    """(height, width) of the image after resizing."""
     if not isinstance(settings.resize, int):
         return settings.resize
     short, long = sorted(image.size)
@@ -155,7 +161,8 @@ def _resized_size(image: Image.Image, settings: ImageSettings) -> anyres.Size:
 def _padded_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     side = max(image.size)
     if side * side > _MAX_RESIZED_PIXELS:
-        raise UserError(f"an image of {image.width}x{image.height} pixels is too large to be padded to a square")
+        size = f"{image.width}x{image.height}"
+        raise UserError(f"an image of {size} pixels is too large to be padded to a square")
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
@@ -166,7 +173,8 @@ def _tiles(image: Image.Image, settings: ImageSettings, config: VLMConfig) -> li
     size, tile = (image.height, image.width), settings.tile
     # 1) The base view is the whole image, squashed to one tile.
     base = image.resize((tile, tile), settings.resample)
-    # 2) The image is fitted into its best resolution. The padding is black, before it is normalised.
+    # 2) The image is fitted into its best resolution. The padding is black, before it is
+    #    normalised.
     height, width = anyres.best_resolution(size, config.image_grid_pinpoints)
     fitted_h, fitted_w = anyres.fitted_size(size, (height, width))
     top, left = anyres.padding_before((fitted_h, fitted_w), (height, width))
@@ -178,11 +186,14 @@ def _tiles(image: Image.Image, settings: ImageSettings, config: VLMConfig) -> li
 
 
 def _to_tensor(tiles: Sequence[Image.Image], settings: ImageSettings) -> Tensor:
-    """RGB squares -> normalised pixel values [n, 3, s, s]. Each step rounds where the reference rounds."""
+    """RGB squares -> normalised pixel values [n, 3, s, s]."""
+    # Each step rounds where the reference rounds: products in float64, the rest in float32.
     raw = torch.frombuffer(bytearray(b"".join(tile.tobytes() for tile in tiles)), dtype=torch.uint8)
     values = raw.view(len(tiles), settings.tile, settings.tile, 3).permute(0, 3, 1, 2)  # [n, 3, s, s]
-    values = (values.to(torch.float64, memory_format=torch.contiguous_format) * settings.rescale).to(torch.float32)
-    return values.sub_(torch.tensor(settings.mean).view(3, 1, 1)).div_(torch.tensor(settings.std).view(3, 1, 1))
+    values = values.to(torch.float64, memory_format=torch.contiguous_format) * settings.rescale
+    mean = torch.tensor(settings.mean).view(3, 1, 1)
+    std = torch.tensor(settings.std).view(3, 1, 1)
+    return values.to(torch.float32).sub_(mean).div_(std)
 
 
 # Readers of single settings
@@ -207,7 +218,8 @@ def _resize(raw: Mapping, config: VLMConfig, name: str) -> Resize:
     resize = _size(raw, "size", 224, name)
     if resize in (tile, (tile, tile)):
         return resize
-    # LLaVA-1.5 may resize to more than a tile and crop the rest; LLaVA-NeXT's tiles are never cropped.
+    # LLaVA-1.5 may resize to more than a tile and crop the rest; LLaVA-NeXT's tiles are never
+    # cropped.
     shortest = resize if isinstance(resize, int) else min(resize)
     if config.is_next or shortest < tile:
         raise UserError(f"{name}: size {raw.get('size', 224)!r} does not fit crop_size {tile}")

@@ -1,8 +1,8 @@
 """From images and text to model inputs, and from tokens back to text.
 
-The results are those of transformers' `LlavaProcessor` and `LlavaNextProcessor`. The method differs in one point: each
-`<image>` placeholder is expanded in the *ids*, to as many image tokens as `anyres.image_tokens` says, so that the
-processor and the model count with the same function.
+The results are those of transformers' `LlavaProcessor` and `LlavaNextProcessor`. The method differs
+in one point: each `<image>` placeholder is expanded in the *ids*, to as many image tokens as
+`anyres.image_tokens` says, so that the processor and the model count with the same function.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from minivlm.inputs.tokenizer import Streamer, load_tokenizer, special_tokens
 from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
 
-_ANSWER = "\ue000minivlm-answer\ue001"  # stands for an answer; no text and no template contains these characters
+_ANSWER = "\ue000minivlm-answer\ue001"  # stands for an answer; unlike anything in a text or template
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A batch of prompts for the model. In sequence b, the positions from `lengths[b]` on are padding."""
+    """A batch of prompts for the model. In sequence b, padding begins at position `lengths[b]`."""
 
     input_ids: Tensor  # [B, S] int64, right-padded, one id per image token
     lengths: Tensor  # [B] int64
-    pixel_values: Tensor | None  # float32, [I, 3, s, s] or for LLaVA-NeXT [I, tiles, 3, s, s]; None without images
+    pixel_values: Tensor | None  # float32, as `images.pixel_values` makes them; None without images
     image_sizes: list[anyres.Size]  # (height, width) of each image, in prompt order
 
 
@@ -53,7 +53,8 @@ class Processor:
         self.image_settings = image_settings
         self.config = config
         self.image_token = image_token
-        self._pad_id = int(config.image_token_index == 0)  # any id except the image token's: padding is not attended to
+        # Padding is never attended to, so that its id may be any except the image token's.
+        self._pad_id = int(config.image_token_index == 0)
         around_text = tokenizer.encode("").tokens  # what the post-processor adds to every text
         self._bos = around_text[0] if around_text else None
 
@@ -61,8 +62,8 @@ class Processor:
     def from_folder(cls, folder: str | Path, config: VLMConfig, *, pad_to_square: bool | None = None) -> Processor:
         """Read a checkpoint folder's tokenizer, chat template and image settings.
 
-        `pad_to_square` (LLaVA-1.5 only) pads images with the mean colour instead of cropping them; with None, the
-        checkpoint decides. Raises `UserError`, naming the file and the key at fault.
+        `pad_to_square` (LLaVA-1.5 only) pads images with the mean colour instead of cropping them;
+        with None, the checkpoint decides. Raises `UserError`, naming the file and the key at fault.
         """
         folder = Path(folder)
         nested = read_json_object(folder / "processor_config.json")
@@ -86,20 +87,20 @@ class Processor:
     def render(self, messages: Sequence[Mapping]) -> str:
         """The prompt for the assistant's next answer, as the chat template writes it.
 
-        A message is `{"role": "user", "content": ...}`. Its content is a text, which may contain `<image>`, or a list
-        of `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        A message is `{"role": "user", "content": ...}`. Its content is a text, which may contain
+        `<image>`, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
         """
         return self.template.render(messages)
 
     def question(self, text: str, num_images: int = 0, history: Sequence[Mapping] = ()) -> str:
-        """The rendered prompt of one user turn. Images come first, unless `<image>` in the text marks their places."""
+        """The rendered prompt of one user turn; `user_message` says where its images stand."""
         return self.render([*history, self.user_message(text, num_images)])
 
     def user_message(self, text: str, num_images: int = 0) -> dict:
         """A user's message. Images come first, unless `<image>` in the text marks their places.
 
-        Raises `UserError` for a text that is not valid Unicode: bytes on a command line that are not text reach us as
-        characters that no tokenizer accepts.
+        Raises `UserError` for a text that is not valid Unicode: bytes on a command line that are
+        not text reach us as characters that no tokenizer accepts.
         """
         try:
             text.encode()
@@ -111,19 +112,22 @@ class Processor:
     def next_turn(self, history: Sequence[Mapping], message: Mapping) -> str:
         """The text that follows an answer in a conversation, up to where the next answer begins.
 
-        `history` ends with the assistant's answer. The cache holds its tokens as they were generated, so it is not
-        tokenised again; only what comes after it is. That begins with the marker with which the template ends a turn,
-        which is why an end-of-sequence token that ended the answer must not have entered the cache. Call the processor
-        on the text with `continues=True`.
+        `history` ends with the assistant's answer. The cache holds its tokens as they were
+        generated, so it is not tokenised again; only what comes after it is. That begins with the
+        marker with which the template ends a turn, which is why an end-of-sequence token that ended
+        the answer must not have entered the cache. Call the processor on the text with
+        `continues=True`.
 
-        Raises `UserError` if the template renders the earlier turns differently once there is a later one.
+        Raises `UserError` if the template renders the earlier turns differently once there is a
+        later one.
         """
         if not history or history[-1].get("role") != "assistant":
             raise UserError("the history of a conversation must end with an answer of the assistant")
         prompt = self.render(history[:-1])
         whole = self.render([*history[:-1], {"role": "assistant", "content": _ANSWER}, message])
         before, marker, after = whole.partition(_ANSWER)
-        # A template may put white space between its prompt and the answer, but must not change the prompt.
+        # A template may put white space between its prompt and the answer, but must not change the
+        # prompt.
         if not marker or not before.startswith(prompt) or before[len(prompt) :].strip():
             raise UserError("the chat template rewrites earlier turns, so a conversation cannot go on from its cache")
         return after
@@ -131,11 +135,12 @@ class Processor:
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image | Path | str]], *, continues: bool = False
     ) -> ModelInputs:
-        """Rendered prompts with `<image>` placeholders, and each prompt's images or image files -> model inputs.
+        """Rendered prompts with `<image>` placeholders, and the images of each -> model inputs.
 
-        `continues` marks texts that follow tokens already in a cache: they get no BOS and no word boundary at their
-        beginning. Raises `UserError` for an image that cannot be read, if images and placeholders differ in number, and
-        for a prompt longer than the model's context (image tokens are never cut off).
+        `continues` marks texts that follow tokens already in a cache: they get no BOS and no word
+        boundary at their beginning. Raises `UserError` for an image that cannot be read, if images
+        and placeholders differ in number, and for a prompt longer than the model's context (image
+        tokens are never cut off).
         """
         if len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts came with {len(images)} lists of images")
@@ -180,8 +185,9 @@ class Processor:
 
     def _continued(self, text: str) -> list[int]:
         """Ids of a text in the middle of another."""
-        # A tokenizer treats the beginning of a text differently, so the text is encoded after a character, whose ids
-        # are then cut off. Where a line break would merge with the text's own first character, a zero byte does not.
+        # A tokenizer treats the beginning of a text differently, so the text is encoded after a
+        # character, whose ids are then cut off. Where a line break would merge with the text's own
+        # first character, a zero byte does not.
         for before in ("\n", "\0"):
             opening = self.tokenizer.encode(before, add_special_tokens=False).ids
             ids = self.tokenizer.encode(before + text, add_special_tokens=False).ids
@@ -207,7 +213,8 @@ def _template_source(folder: Path, nested: Mapping) -> tuple[str | None, str]:
         return source, "processor_config.json"
     legacy = read_json_object(folder / "chat_template.json")
     if legacy:
-        return _default_template(legacy.get("chat_template"), folder / "chat_template.json"), "chat_template.json"
+        source = _default_template(legacy.get("chat_template"), folder / "chat_template.json")
+        return source, "chat_template.json"
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
@@ -232,7 +239,7 @@ def _default_template(template: object, path: Path) -> str:
 
 
 def _image_settings(folder: Path, nested: Mapping, config: VLMConfig, pad_to_square: bool | None) -> ImageSettings:
-    """Image settings from `processor_config.json`, where new checkpoints have them, or `preprocessor_config.json`."""
+    """Image settings from `processor_config.json` (new checkpoints) or `preprocessor_config.json`."""
     name = "processor_config.json: image_processor"
     raw = nested.get("image_processor")
     if raw is None:

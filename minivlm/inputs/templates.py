@@ -1,16 +1,17 @@
 """Chat templates turn messages into the text of a prompt.
 
-A template is Jinja source, as Hugging Face writes it. A checkpoint's own template is used if it has one, and one of the
-built-in templates below if not. Templates may use the helpers of transformers' `apply_chat_template`:
-`raise_exception`, `strftime_now`, `tojson`, loop controls, and the `generation` tag, which marks answers for training
-and renders as its body.
+A template is Jinja source, as Hugging Face writes it. A checkpoint's own template is used if it has
+one, and one of the built-in templates below if not. Templates may use the helpers of transformers'
+`apply_chat_template`: `raise_exception`, `strftime_now`, `tojson`, loop controls, and the
+`generation` tag, which marks answers for training and renders as its body.
 
-A template comes with a checkpoint from the internet, so it is not trusted. It is rendered in a sandbox that cannot
-reach Python's internals and that limits the number of steps, the length of the text and the size of products.
+A template comes with a checkpoint from the internet, so it is not trusted. It is rendered in a
+sandbox that cannot reach Python's internals and that limits the number of steps, the length of the
+text and the size of products.
 
-Templates disagree on what `message.content` is. Those of processors expect a list of parts, `{"type": "image"}` and
-`{"type": "text", "text": ...}`; those of text-only models expect a string. Each template is tried once with an image to
-find out which one it expects.
+Templates disagree on what `message.content` is. Those of processors expect a list of parts,
+`{"type": "image"}` and `{"type": "text", "text": ...}`; those of text-only models expect a string.
+Each template is tried once with an image to find out which one it expects.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ _MAX_STEPS = 100_000  # passes through bodies of loops and macros in one renderi
 def built_in(config: VLMConfig, vocabulary: Mapping[str, int]) -> str:
     """The name of the built-in template for a checkpoint without a template.
 
-    LLaVA-1.5 has one format. LLaVA-NeXT's depends on the decoder. Llama 3 and Yi-34B are known by the special tokens in
-    their vocabulary and Mistral by its model type; any other is Vicuna.
+    LLaVA-1.5 has one format. LLaVA-NeXT's depends on the decoder. Llama 3 and Yi-34B are known by
+    the special tokens in their vocabulary and Mistral by its model type; any other is Vicuna.
     """
     if not config.is_next:
         return "llava-1.5"
@@ -86,8 +87,9 @@ class ChatTemplate:
     """One compiled template."""
 
     def __init__(self, source: str, name: str, image_token: str, special_tokens: Mapping[str, str]) -> None:
-        """Compile a template. `name` says in messages where it comes from; `special_tokens` become its variables.
+        """Compile a template.
 
+        Messages to the user call it `name`. `special_tokens` (bos_token, ...) become its variables.
         Raises `UserError` if the template does not compile or does not render an image placeholder.
         """
         self._name = name
@@ -96,7 +98,7 @@ class ChatTemplate:
         self._environment = _Sandbox()
         try:
             self._template = self._environment.from_string(_counted(source, self._environment))
-        except Exception as error:  # anything can happen here, a RecursionError for one: the source is not trusted
+        except Exception as error:  # a source that is not trusted can raise anything
             raise self._failure(error) from None
         self._wants_parts = self._probe()
 
@@ -125,7 +127,12 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Mapping], wants_parts: bool, add_generation_prompt: bool) -> str:
         if not wants_parts:
             messages = [{**message, "content": self._as_text(message["content"])} for message in messages]
-        variables = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._variables)
+        variables = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._variables,
+        }
         pieces: list[str] = []
         length = 0
         self._environment.steps_left = _MAX_STEPS
@@ -141,7 +148,8 @@ class ChatTemplate:
 
     def _as_text(self, parts: Sequence[Mapping]) -> str:
         """Parts as the string that a text-only template expects."""
-        return "".join(f"{self._image_token}\n" if part["type"] == "image" else part["text"] for part in parts)
+        image = f"{self._image_token}\n"
+        return "".join(image if part["type"] == "image" else part["text"] for part in parts)
 
     def _failure(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -149,7 +157,7 @@ class ChatTemplate:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with Hugging Face's helpers, a limited number of steps, and bounded products."""
+    """Jinja's sandbox with Hugging Face's helpers and with limits on steps and products."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -166,8 +174,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"it takes more than {_MAX_STEPS} steps")
 
     def unsafe_undefined(self, obj: object, attribute: str) -> Undefined:
-        # In Jinja's own sandbox, an unsafe attribute renders as nothing and fails only when it is used. Here the
-        # attempt is refused.
+        # In Jinja's own sandbox, an unsafe attribute renders as nothing and fails only when it is
+        # used. Here the attempt is refused.
         raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -205,7 +213,7 @@ class _Namespace(Namespace):
 
 
 def _counted(source: str, environment: _Sandbox) -> nodes.Template:
-    """Parse a template and insert a call of `take_step` at the beginning of each body of a loop or macro."""
+    """A parsed template, with a call of `take_step` at the beginning of each loop and macro body."""
     tree = environment.parse(source)
     bodies: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
         *tree.find_all(nodes.For),
@@ -213,7 +221,8 @@ def _counted(source: str, environment: _Sandbox) -> nodes.Template:
         *tree.find_all(nodes.CallBlock),
     ]
     for node in bodies:
-        # The call goes through an attribute of the environment, because a template can redefine any other name.
+        # The call goes through an attribute of the environment, because a template can redefine any
+        # other name.
         call = nodes.Call(nodes.EnvironmentAttribute("take_step"), [], [], None, None)
         statement = nodes.ExprStmt(call, lineno=node.lineno)
         statement.set_environment(environment)
@@ -245,7 +254,7 @@ def _tojson(
 
 
 def _checked(message: Mapping) -> dict:
-    """A plain copy of a message, with a list of parts as content. Nothing else reaches the template."""
+    """A plain copy of a message, its content a list of parts. Nothing else reaches the template."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, (str, list)) or not isinstance(message.get("role"), str):
         raise UserError(f"a message needs a role and a content (text or a list of parts), got {message!r}")
@@ -258,7 +267,6 @@ def _checked(message: Mapping) -> dict:
         elif part_type == "text" and isinstance(part.get("text"), str):
             plain.append({"type": "text", "text": str(part["text"])})
         else:
-            raise UserError(
-                f"a message's part must be {{'type': 'image'}} or {{'type': 'text', 'text': ...}}, got {part!r}"
-            )
+            expected = "{'type': 'image'} or {'type': 'text', 'text': ...}"
+            raise UserError(f"a message's part must be {expected}, got {part!r}")
     return {"role": str(message["role"]), "content": plain}

@@ -1,14 +1,16 @@
 """Tokenizers as transformers 5 loads them, and decoding one token at a time.
 
-A `tokenizer.json` is used as it is, with the tokens and special tokens that `tokenizer_config.json` adds.
+A `tokenizer.json` is used as it is, with the tokens and special tokens that `tokenizer_config.json`
+adds.
 
-The exception is `tokenizer_class: LlamaTokenizer`. transformers rebuilds such a tokenizer from its vocabulary and
-merges and ignores the file's normalizer, pre-tokenizer and decoder. This changes the ids around `<image>`: there is, or
-is not, a word-boundary token before a line break. transformers does *not* rebuild a byte-level tokenizer, nor one whose
-`config.json` says `llava` or `llava_next`, because it lists these as models with a wrong tokenizer class on the hub.
+The exception is `tokenizer_class: LlamaTokenizer`. transformers rebuilds such a tokenizer from its
+vocabulary and merges and ignores the file's normalizer, pre-tokenizer and decoder. This changes the
+ids around `<image>`: there is, or is not, a word-boundary token before a line break. transformers
+does *not* rebuild a byte-level tokenizer, nor one whose `config.json` says `llava` or `llava_next`,
+because it lists these as models with a wrong tokenizer class on the hub.
 
-BOS and EOS are added by the file's post-processor alone: `add_bos_token` in `tokenizer_config.json` has no effect if
-there is a `tokenizer.json`.
+BOS and EOS are added by the file's post-processor alone: `add_bos_token` in `tokenizer_config.json`
+has no effect if there is a `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -28,13 +30,17 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """The tokens that a checkpoint names: `bos_token`, `eos_token`, ... and its own, such as `image_token`."""
-    named = {key: _content(value) for key, value in _token_settings(folder).items() if key.endswith("_token")}
+    """The tokens that a checkpoint names: `bos_token`, `eos_token`, ..., and perhaps `image_token`."""
+    settings = _token_settings(folder)
+    named = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
     return {key: value for key, value in named.items() if value is not None}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer, without truncation and padding. Raises `UserError` if it is missing or broken."""
+    """The folder's tokenizer, without truncation and padding.
+
+    Raises `UserError` if it is missing or broken.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a tokenizer in the `tokenizers` format)")
@@ -60,11 +66,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Streamer:
-    """Decodes tokens one at a time: each `put` returns the characters that are new, never half of one.
+    """Decodes tokens one at a time: each `put` returns the new characters, never half of one.
 
-    All pieces together, with that of `end`, are the text that decoding all tokens at once would give. Each step decodes
-    only a window of the last tokens, so that a long answer takes linear time. The window begins with tokens whose text
-    was returned before; they make the decoder treat the new token as one in the middle of a text.
+    All pieces together, with that of `end`, are the text that decoding all tokens at once would
+    give. Each step decodes only a window of the last tokens, so that a long answer takes linear
+    time. The window begins with tokens whose text was returned before; they make the decoder treat
+    the new token as one in the middle of a text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -75,10 +82,11 @@ class Streamer:
 
     def put(self, token_id: int) -> str:
         """The characters that this token completes, often one word, sometimes none."""
-        self._window.append(int(token_id))
-        # Whether byte tokens form characters is known only when a run of them is over. Tokens that show nothing by
-        # themselves (special tokens, a lone space) do not end such a run.
-        if _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(int(token_id)) or "") or not self._decode([int(token_id)]):
+        self._window.append(token_id)
+        # Whether byte tokens form characters is known only when a run of them is over. Tokens that
+        # show nothing by themselves (special tokens, a lone space) do not end such a run.
+        is_byte = _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "")
+        if is_byte or not self._decode([token_id]):
             return ""
         text = self._decode(self._window)
         if text.endswith("\ufffd"):  # the sign of a character whose other bytes are still to come
@@ -103,7 +111,7 @@ class Streamer:
 
 
 def _token_settings(folder: Path) -> dict:
-    """`tokenizer_config.json`; an old one is completed from `special_tokens_map.json`, as transformers does."""
+    """`tokenizer_config.json`; an old one is completed from `special_tokens_map.json`."""
     settings = read_json_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings.update(read_json_object(folder / "special_tokens_map.json"))
@@ -145,7 +153,12 @@ def _rebuilt(raw: dict, settings: Mapping) -> dict:
         **raw,
         "added_tokens": [] if "added_tokens_decoder" in settings else raw["added_tokens"],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": scheme,
+            "split": False,
+        },
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
@@ -158,19 +171,22 @@ def _rebuilt(raw: dict, settings: Mapping) -> dict:
 
 
 def _tokens_to_add(settings: Mapping, tokenizer: Tokenizer) -> list[AddedToken]:
-    """Tokens of `added_tokens_decoder` in the order of their ids, then named tokens that the tokenizer lacks.
+    """The tokens of `added_tokens_decoder`, then named tokens that the tokenizer lacks.
 
-    A token with a name (`bos_token`, `pad_token`, ...) is always special, whatever the entry that adds it says. The
-    order of the result decides the ids of new tokens; it is that of transformers.
+    A token with a name (`bos_token`, `pad_token`, ...) is always special, whatever the entry that
+    adds it says. The order of the result decides the ids of new tokens; it is that of transformers.
     """
     # 1) The named tokens, by their text: the usual names first, then the checkpoint's own.
     named = {}
-    for key in (*_NAMED, *(key for key in settings if key.endswith("_token") and key not in _NAMED)):
+    own = [key for key in settings if key.endswith("_token") and key not in _NAMED]
+    for key in (*_NAMED, *own):
         if _content(settings.get(key)) is not None:
             named[_content(settings[key])] = settings[key]
-    # 2) The tokens that the settings list.
-    entries = sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda entry: int(entry[0]))
-    tokens = [_added(token, token.get("special", False) or token["content"] in named) for _, token in entries]
+    # 2) The tokens that the settings list, in the order of their ids.
+    entries = settings.get("added_tokens_decoder") or {}
+    tokens = []
+    for _, token in sorted(entries.items(), key=lambda entry: int(entry[0])):
+        tokens.append(_added(token, token.get("special", False) or token["content"] in named))
     listed = {token.content for token in tokens}
     # 3) Tokens that the file has but does not mark as special, although they have a name.
     for token in tokenizer.get_added_tokens_decoder().values():
@@ -186,8 +202,9 @@ def _tokens_to_add(settings: Mapping, tokenizer: Tokenizer) -> list[AddedToken]:
 
 def _added(token: object, special: bool) -> AddedToken:
     """A token to add, from its text or from a dictionary with its flags."""
-    flags = token if isinstance(token, Mapping) else {}
-    flags = {key: flags[key] for key in ("lstrip", "rstrip", "normalized", "single_word") if key in flags}
+    given = token if isinstance(token, Mapping) else {}
+    names = ("lstrip", "rstrip", "normalized", "single_word")
+    flags = {name: given[name] for name in names if name in given}
     return AddedToken(_content(token), special=special, **flags)
 
 

@@ -1,1 +1,1 @@
-"""The network: configuration, LLaMA decoder, CLIP vision tower, LLaVA's projector and the packing of images."""
+"""The network: configuration, LLaMA decoder, CLIP vision tower, and what LLaVA puts between."""

@@ -1,7 +1,8 @@
-"""The CLIP vision transformer (Radford et al. 2021, arXiv 2103.00020), up to the last layer that LLaVA reads.
+"""The CLIP vision transformer (Radford et al. 2021, arXiv 2103.00020), as far as LLaVA reads it.
 
-Modules are named as in Hugging Face checkpoints (`pre_layrnorm` is their spelling). Checkpoints also contain the layers
-after the last feature layer and `post_layernorm`; LLaVA never uses these, so they are not built.
+Modules are named as in Hugging Face checkpoints (`pre_layrnorm` is their spelling). Checkpoints
+also contain the layers after the last feature layer and `post_layernorm`; LLaVA never uses these,
+so they are not built.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Embeddings(nn.Module):
         patches = self.patch_embedding(pixels)  # [tiles, C, grid, grid]
         patches = patches.flatten(2).transpose(1, 2)  # [tiles, grid², C]
         cls = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat((cls, patches), dim=1) + self.position_embedding.weight  # [tiles, 1 + grid², C]
+        embeds = torch.cat((cls, patches), dim=1)  # [tiles, 1 + grid², C]
+        return embeds + self.position_embedding.weight
 
 
 class SelfAttention(nn.Module):
@@ -47,7 +49,7 @@ class SelfAttention(nn.Module):
         q = self._split(self.q_proj(x))
         k = self._split(self.k_proj(x))
         v = self._split(self.v_proj(x))
-        out = F.scaled_dot_product_attention(q, k, v)  # [tiles, H, S, D]; patches see each other, there is no mask
+        out = F.scaled_dot_product_attention(q, k, v)  # [tiles, H, S, D], without a mask
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ class Encoder(nn.Module):
 class ClipVision(nn.Module):
     """The vision tower: tiles in, hidden states of the feature layers out.
 
-    `feature_layers` are indices into [embeddings, layer 1, ..., layer n]. If there are several, their states are
-    concatenated along the channels.
+    `feature_layers` are indices into [embeddings, layer 1, ..., layer n]. If there are several,
+    their states are concatenated along the channels.
     """
 
     def __init__(self, config: VisionConfig, feature_layers: tuple[int, ...]) -> None:
@@ -102,7 +104,10 @@ class ClipVision(nn.Module):
         self.encoder = Encoder(config, max(feature_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[tiles, 3, image_size, image_size] -> [tiles, 1 + grid², C · len(feature_layers)], the class token first."""
+        """[tiles, 3, image_size, image_size] -> [tiles, 1 + grid², C · len(feature_layers)]
+
+        The class token comes first, then the patches line by line.
+        """
         states = [self.pre_layrnorm(self.embeddings(pixels))]  # each [tiles, 1 + grid², C]
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))

@@ -1,8 +1,9 @@
 """What a checkpoint's `config.json` says, as frozen dataclasses.
 
-Configs on the hub are sparse: a missing field has the default that transformers gives it for the `model_type`. Both
-generations of field names are read (`rope_theta` / `rope_parameters`, `torch_dtype` / `dtype`, `image_token_index` /
-`image_token_id`). A setting that this library does not implement is refused by name, never ignored.
+Configs on the hub are sparse: a missing field has the default that transformers gives it for the
+`model_type`. Both generations of field names are read (`rope_theta` / `rope_parameters`,
+`torch_dtype` / `dtype`, `image_token_index` / `image_token_id`). A setting that this library does
+not implement is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TextConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    context_length: int  # tokens the model may see: the smaller of its position table and its sliding window
+    context_length: int  # tokens: the smaller of the position table and the sliding window
 
     @classmethod
     def from_dict(cls, raw: Mapping) -> TextConfig:
@@ -139,16 +140,16 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """A whole LLaVA checkpoint: vision tower, projector, decoder, and how an image becomes tokens."""
+    """A whole LLaVA checkpoint: vision tower, projector and decoder."""
 
     model_type: str  # "llava" (LLaVA-1.5) or "llava_next"
     text: TextConfig
     vision: VisionConfig
     image_token_index: int  # the token id that stands for an image in a prompt
-    vision_feature_layers: tuple[int, ...]  # indices into [embeddings, layer 1, ..., layer n], all >= 0
+    vision_feature_layers: tuple[int, ...]  # into [embeddings, layer 1, ..., layer n], all >= 0
     select_strategy: str  # "default" drops the class token, "full" keeps it
     projector_bias: bool
-    image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels; empty for LLaVA-1.5
+    image_grid_pinpoints: tuple[tuple[int, int], ...]  # in pixels; empty for LLaVA-1.5
     eos_token_ids: tuple[int, ...]
     dtype: str  # "float32", "bfloat16" or "float16": how the checkpoint was saved
 
@@ -233,18 +234,19 @@ def _context_length(raw: Mapping) -> int:
     length = _positive(raw, "max_position_embeddings", 0)
     if raw["sliding_window"] is None:
         return length
-    # Within the window, a sliding window changes nothing. Past it, entries would have to be dropped from the cache, so
-    # the window is where the context ends here.
+    # Within the window, a sliding window changes nothing. Past it, entries would have to be dropped
+    # from the cache, so the window is where the context ends here.
     return min(length, _positive(raw, "sliding_window", 0))
 
 
 def _rope_theta(raw: Mapping) -> float:
-    """transformers 5 nests theta in `rope_parameters`; older files have `rope_theta` and `rope_scaling`."""
+    """Theta is nested in `rope_parameters` (transformers 5) or stands beside `rope_scaling`."""
     nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     if rope_type != "default":
         raise UserError(f"config.json: rope type {rope_type!r} is not supported (expected default)")
-    return _number({"rope_theta": nested.get("rope_theta", raw.get("rope_theta", 10000.0))}, "rope_theta", 0.0)
+    theta = nested.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return _number({"rope_theta": theta}, "rope_theta", 0.0)
 
 
 def _image_token(raw: Mapping, vocab_size: int) -> int:
@@ -289,7 +291,7 @@ def _pinpoints(raw: Mapping, tile: int) -> tuple[tuple[int, int], ...]:
 
 
 def _eos(raw: Mapping, generation: Mapping) -> tuple[int, ...]:
-    """All end-of-sequence ids of the generation config and of the model's; each may be an int or a list."""
+    """All end-of-sequence ids of the generation config and the model's; each an int or a list."""
     ids: list[int] = []
     for section in (generation, raw["text_config"], raw):
         value = section.get("eos_token_id")
@@ -301,8 +303,9 @@ def _eos(raw: Mapping, generation: Mapping) -> tuple[int, ...]:
 
 
 def _dtype(raw: Mapping) -> str:
-    text = raw["text_config"]
-    name = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float32"
+    sections = (raw, raw["text_config"])
+    names = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
+    name = next((name for name in names if name), "float32")
     if name not in _DTYPES:
         raise UserError(f"config.json: dtype {name!r} is not supported (expected float32, bfloat16 or float16)")
     return name

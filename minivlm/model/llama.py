@@ -1,13 +1,14 @@
 """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Touvron et al. 2023 (arXiv 2302.13971); Mistral has the same architecture. Modules are named as in Hugging Face
-checkpoints, so that loading one only renames prefixes.
+Touvron et al. 2023 (arXiv 2302.13971); Mistral has the same architecture. Modules are named as in
+Hugging Face checkpoints, so that loading one only renames prefixes.
 
-The decoder does not know how keys and values are kept. Each layer hands q, k, v to a cache (`Cache` below) and gets the
-attention output back. After each layer it asks the cache which tokens go on to the next one: in the prefill, a KV
-policy may drop some.
+The decoder does not know how keys and values are kept. Each layer hands q, k, v to a cache (`Cache`
+below) and gets the attention output back. After each layer it asks the cache which tokens go on to
+the next one: in the prefill, a KV policy may drop some.
 
-Dimensions: B sequences, S tokens, C channels, H query heads, H_kv key/value heads, D channels per head.
+Dimensions: B sequences, S tokens, C channels, H query heads, H_kv key/value heads, D channels per
+head.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ class Cache(Protocol):
     """What the decoder asks of a KV cache."""
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v [B, H_kv, S, D], k already rotated, and return the attention output of q [B, H, S, D]."""
+        """Store k and v [B, H_kv, S, D]; return the attention output [B, H, S, D] of q.
+
+        q and k are already rotated.
+        """
 
     def survivors(self, layer_idx: int) -> Tensor | None:
-        """Indices [B, S'] of the tokens that go on after this layer, ascending. None keeps all S."""
+        """Indices [B, S'], ascending, of the tokens that go on after this layer. None keeps all."""
 
 
 class RMSNorm(nn.Module):
@@ -48,19 +52,21 @@ class RMSNorm(nn.Module):
 def rope_table(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, S, D/2] of the rotary angles of integer positions [B, S].
 
-    Angles are computed in float32, because bfloat16 cannot tell large positions apart; the result is in `dtype`.
+    Angles are computed in float32, because bfloat16 cannot tell large positions apart; the result
+    is in `dtype`.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angles = positions[:, None, :, None].float() * (1.0 / config.rope_theta**exponents)  # [B, 1, S, D/2]
+    dims = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (dims / config.head_dim)  # [D/2]
+    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, S, D/2]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [B, H, S, D], in Hugging Face's layout, which pairs dimension i with i + D/2."""
+    """Rotary embedding of x [B, H, S, D]; as in Hugging Face, dimension i is paired with i + D/2."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    # A cat makes inductor store its result. Without one it would fuse the rotation into the attention and rotate the
-    # query again for every key.
+    # A cat makes inductor store its result. Without one it would fuse the rotation into the
+    # attention and rotate the query again for every key.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -76,7 +82,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, S, D], keys and values [B, H_kv, S, D] of x [B, S, C]; queries and keys are rotated."""
+        """Rotated queries [B, H, S, D] and keys, and values, both [B, H_kv, S, D], of x [B, S, C]."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, S, D]
@@ -110,25 +116,26 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        # In one expression, so that no local name keeps q, k and v alive while the MLP runs, when memory peaks.
+        # In one expression, so that no local name keeps q, k and v alive while the MLP runs, when
+        # memory peaks.
         return self.after(hidden, cache.attend(self.layer_idx, *self.before(hidden, rope)))
 
-    # The parts before and after attention are methods of their own because they can be compiled by themselves. The
-    # attention between them belongs to the cache, whose prefill stays eager.
+    # The parts before and after attention are methods of their own because they can be compiled by
+    # themselves. The attention between them belongs to the cache, whose prefill stays eager.
 
     def before(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The part before attention: q, k, v of the hidden states [B, S, C]."""
         return self.self_attn.project(self.input_layernorm(hidden), rope)
 
     def after(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """The part after attention: the residual sums with the attention output [B, H, S, D] and with the MLP."""
+        """The part after attention: both residual sums, given its output [B, H, S, D]."""
         hidden = hidden + self.self_attn.merge(out)
         del out  # as large as the hidden states, and the MLP needs the memory
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Llama(nn.Module):
-    """Token embeddings, decoder layers and the final norm. The language-model head belongs to `Llava`."""
+    """Token embeddings, decoder layers and the final norm; the head belongs to `Llava`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -147,7 +154,8 @@ class Llama(nn.Module):
             hidden = layer(hidden, rope, cache)
             survivors = cache.survivors(layer_idx)  # [B, S'] or None
             if survivors is not None:
-                hidden = hidden.gather(1, survivors[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, S', C]
+                index = survivors[..., None].expand(-1, -1, hidden.shape[-1])  # [B, S', C]
+                hidden = hidden.gather(1, index)
                 # The survivors keep their original positions, so their rotary angles do not change.
                 positions = positions.gather(1, survivors)
                 rope = rope_table(positions, self.config, hidden.dtype)

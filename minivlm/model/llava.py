@@ -1,8 +1,9 @@
 """LLaVA-1.5 and LLaVA-NeXT: image features, their packing, and the merge into the prompt.
 
-Liu et al. 2023 (arXiv 2310.03744) and the LLaVA-NeXT blog post of January 2024. Results agree with transformers'
-`LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`. Submodules are named as in checkpoints, without
-the prefixes in which the three key layouts differ (see `weights/layout.py`).
+Liu et al. 2023 (arXiv 2310.03744) and the LLaVA-NeXT blog post of January 2024. Results agree with
+transformers' `LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`. Submodules
+are named as in checkpoints, without the prefixes in which the three key layouts differ (see
+`weights/layout.py`).
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ class Llava(nn.Module):
     def image_features(self, pixel_values: Tensor, image_sizes: Sequence[anyres.Size] | None = None) -> list[Tensor]:
         """The decoder inputs [N_i, C] of each image, in prompt order.
 
-        LLaVA-1.5 takes pixel_values [I, 3, s, s]. LLaVA-NeXT takes [I, tiles, 3, s, s], the base view first and zero
-        tiles at the end of images that have fewer, and the original (height, width) of each image in pixels. Raises
-        `UserError` if there are fewer tiles than the image sizes ask for.
+        LLaVA-1.5 takes pixel_values [I, 3, s, s]. LLaVA-NeXT takes [I, tiles, 3, s, s], the base
+        view first and zero tiles at the end of images that have fewer, and the original (height,
+        width) of each image in pixels. Raises `UserError` if there are fewer tiles than the image
+        sizes ask for.
         """
         if not self.config.is_next:
             return list(self._project(pixel_values))
@@ -65,7 +67,7 @@ class Llava(nn.Module):
         return [self._pack(image_tiles, size) for image_tiles, size in zip(features, sizes, strict=True)]
 
     def _project(self, tiles: Tensor) -> Tensor:
-        """[tiles, 3, s, s] -> [tiles, grid², C], or 1 + grid² if the checkpoint selects the class token too."""
+        """[tiles, 3, s, s] -> [tiles, grid², C]; [tiles, 1 + grid², C] with the class token."""
         features = self.vision_tower(tiles.to(self.lm_head.weight.dtype))
         if self.config.select_strategy == "default":
             features = features[:, 1:]  # without the class token
@@ -74,8 +76,8 @@ class Llava(nn.Module):
     def _pack(self, tiles: Tensor, image_size: anyres.Size) -> Tensor:
         """The features [tiles, grid², C] of one image -> its decoder inputs [N, C].
 
-        The base view comes first, then the other tiles as one picture: without its padding, line by line, with a
-        newline at the end of each line.
+        The base view comes first, then the other tiles as one picture: without its padding, line by
+        line, with a newline at the end of each line.
         """
         side, channels = self.config.vision.grid, tiles.shape[-1]
         grid_h, grid_w = anyres.tile_grid(image_size, self.config)
@@ -89,10 +91,10 @@ class Llava(nn.Module):
         return torch.cat((tiles[0], lines.flatten(0, 1)))
 
     def embed(self, input_ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
-        """Embeddings [B, S, C] of input_ids [B, S], in which `features` [N_i, C] replace the image tokens.
+        """Embeddings [B, S, C] of ids [B, S], with `features` [N_i, C] in place of image tokens.
 
-        The features are those of all images of the batch, in order. Raises `UserError` if their number is not that of
-        the image tokens.
+        The features are those of all images of the batch, in order. Raises `UserError` if their
+        number is not that of the image tokens.
         """
         embeds = self.language_model.embed_tokens(input_ids)
         is_vision = input_ids == self.config.image_token_index  # [B, S]
