@@ -1,1 +1,1 @@
-"""What measures speed: shapes with random weights, contenders that take turns, reports."""
+"""Measuring speed: model shapes with random weights, contenders that take turns, and reports."""

@@ -1,13 +1,15 @@
-"""Models to time: the shapes of the real checkpoints with random weights, and prompts that look like nothing.
+"""Models to time: the shapes of the real checkpoints with random weights, and random prompts.
 
-What a decode step costs depends on shapes and counts alone, with one exception: how many entries of a core change
-from one refresh to the next.  Trained models look at much the same places step after step; random weights do not.
+What a decode step costs depends on shapes and counts alone, with one exception: the number of entries of a core that
+change from one refresh to the next. Trained models look at much the same places step after step; models with random
+weights do not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,38 +20,62 @@ from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
 from weights.build import read_config
 
-_CLIP = dict(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-)
-_NO_TOWER = dict(
-    hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
-)
+_CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_TINY_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def _shape(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, *,
-    model_type: str = "llava_next", tower: dict = _CLIP, dtype: str = "float16", **text: object,
-) -> dict:  # fmt: skip
-    """A config.json."""
-    decoder = dict(
-        model_type="llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=context, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    return dict(
-        model_type=model_type,
-        image_token_index=vocab - 64,
-        text_config=decoder | text,
-        vision_config=tower,
-        torch_dtype=dtype,
-    )
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    context: int,
+    *,
+    model_type: str = "llava_next",
+    tower: dict[str, int] = _CLIP,
+    dtype: str = "float16",
+    rope_theta: float | None = None,
+) -> dict[str, Any]:
+    """The content of a config.json."""
+    decoder: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+    }
+    if rope_theta is not None:
+        decoder["rope_theta"] = rope_theta
+    return {
+        "model_type": model_type,
+        "image_token_index": vocab - 64,
+        "text_config": decoder,
+        "vision_config": tower,
+        "torch_dtype": dtype,
+    }
 
 
-SHAPES: dict[str, dict] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llava-1.5-7b": _shape(4096, 11008, 32, 32, 32, 32064, 4096, model_type="llava"),
     "llava-1.5-13b": _shape(5120, 13824, 40, 40, 40, 32064, 4096, model_type="llava"),
     "llava-v1.6-vicuna-7b": _shape(4096, 11008, 32, 32, 32, 32064, 4096),
@@ -57,13 +83,13 @@ SHAPES: dict[str, dict] = {
     "llava-v1.6-mistral-7b": _shape(4096, 14336, 32, 32, 8, 32064, 32768, rope_theta=1e6),
     "llava-v1.6-34b": _shape(7168, 20480, 60, 56, 8, 64064, 4096, rope_theta=5e6),
     "llama3-llava-next-8b": _shape(4096, 14336, 32, 32, 8, 128320, 8192, rope_theta=5e5),
-    "cpu-268m": _shape(1024, 2752, 16, 16, 16, 32064, 4096, tower=_NO_TOWER, dtype="float32"),
+    "cpu-268m": _shape(1024, 2752, 16, 16, 16, 32064, 4096, tower=_TINY_TOWER, dtype="float32"),
 }
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts of one length: ids [S] of each sequence, and the image features [N, C] of each."""
+    """A batch of prompts of one length: the ids [S] and the image features [N, C] of each sequence."""
 
     ids: list[Tensor]
     features: list[Tensor]
@@ -74,7 +100,7 @@ class Prompts:
 
 
 def shape_config(shape: str) -> VLMConfig:
-    """The config of a named shape, or of a checkpoint folder; raises `UserError` for anything else."""
+    """The config of a named shape or of a checkpoint folder. Raises `UserError` for anything else."""
     if shape in SHAPES:
         return VLMConfig.from_dict(SHAPES[shape])
     folder = Path(shape).expanduser()
@@ -84,19 +110,23 @@ def shape_config(shape: str) -> VLMConfig:
 
 
 def make_model(shape: str, device: str, dtype: str, seed: int, random_weights: bool) -> Llava:
-    """The checkpoint of a folder, or a model of that shape with random weights, made on the device."""
+    """Load the checkpoint of a folder, or make a model of a shape with random weights on the device."""
     config = shape_config(shape)
     if shape not in SHAPES and not random_weights:
         return weights.load_model(Path(shape).expanduser(), device=device, dtype=dtype)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device that torch can use")
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    name = dtype if dtype != "auto" else config.dtype if where.type == "cuda" else "float32"
-    return random_model(config, where, getattr(torch, name), seed)
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    if dtype == "auto":
+        dtype = config.dtype if on_cuda else "float32"
+    return random_model(config, torch.device("cuda" if on_cuda else "cpu"), getattr(torch, dtype), seed)
 
 
 def random_model(config: VLMConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Llava:
-    """Weights that keep activations near one: normal, scaled by the inputs' number; norms are one."""
+    """Make a model whose weights keep activations near one.
+
+    Weights are normal, scaled by the number of inputs; those of norms are one.
+    """
     with torch.device("meta"):
         model = Llava(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
@@ -111,18 +141,21 @@ def random_model(config: VLMConfig, device: torch.device, dtype: torch.dtype, se
 
 
 def synthetic_prompts(model: Llava, batch: int, vision_tokens: int, text_tokens: int, seed: int) -> Prompts:
-    """Random text before and behind `vision_tokens` image tokens with random features, another prompt in each row."""
+    """Make prompts of random text before and after `vision_tokens` image tokens with random features.
+
+    Each sequence of the batch has another prompt.
+    """
     config, device = model.config, model.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, config.text.vocab_size - 1, (batch, text_tokens), generator=generator)
-    text += (text >= config.image_token_index).long()  # any token but the image's
+    text += (text >= config.image_token_index).long()  # any token but the image token
     image = torch.full((vision_tokens,), config.image_token_index)
-    ids = [torch.cat((row[: text_tokens // 2], image, row[text_tokens // 2 :])) for row in text]
+    before = text_tokens // 2
+    ids = [torch.cat((words[:before], image, words[before:])) for words in text]
     on_device = torch.Generator(device).manual_seed(seed)
+    shape, dtype = (vision_tokens, config.text.hidden_size), model.lm_head.weight.dtype
     features = [
-        torch.randn(
-            vision_tokens, config.text.hidden_size, generator=on_device, device=device, dtype=model.lm_head.weight.dtype
-        )
+        torch.randn(shape, generator=on_device, device=device, dtype=dtype)
         for _ in range(batch if vision_tokens else 0)
     ]
     return Prompts(ids, features)

@@ -1,6 +1,8 @@
-"""How long it takes to import the library beyond torch, and to answer with the bundled checkpoint; medians of new processes.
+"""How long it takes to import the library after torch, and to answer with the bundled checkpoint.
 
-python benchmarks/startup.py --json benchmarks/cpu-startup.json
+Each time is the median of new processes.
+
+python -m eval.speed.startup --json benchmarks/cpu-startup.json
 """
 
 from __future__ import annotations
@@ -16,36 +18,26 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from eval.json_files import write_json
+from eval.speed.machine import describe_machine
+from minivlm.app.cli import Parser, run
+from minivlm.files import expect_writable
 
-from eval.accuracy.results import write_json  # noqa: E402
-from eval.speed.benchmark import machine  # noqa: E402
-from minivlm.app.cli import Parser, run  # noqa: E402
-from minivlm.files import expect_writable  # noqa: E402
-
-PAGE = ROOT / "weights" / "demo" / "pages" / "page_5.png"
+_ROOT = Path(__file__).resolve().parents[2]
+_GENERATE = ["scripts/generate.py", "--device", "cpu", "--image", "weights/demo/pages/page_5.png"]
 PROCESSES = {
     "python": ["-c", "pass"],
     "import torch": ["-c", "import torch"],
     "import torch, minivlm": ["-c", "import torch, minivlm"],
     "import torch, minivlm, weights": ["-c", "import torch, minivlm, weights"],
-    "scripts/generate.py": [
-        str(ROOT / "scripts" / "generate.py"),
-        "--device",
-        "cpu",
-        "--image",
-        str(PAGE),
-        "--prompt",
-        "What is the total?",
-    ],
+    "scripts/generate.py": [*_GENERATE, "--prompt", "What is the total?"],
 }
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "python -m eval.speed.startup")
     parser.flag("repeats", type=int, default=7, metavar="N", help="of each process, in turns (7)")
-    parser.flag("json", type=Path, metavar="OUT.json")
+    parser.flag("json", type=Path, metavar="OUT.json", help="write all times, with versions and the command")
     args = parser.parse_args(arguments)
     if args.json:
         expect_writable(args.json)
@@ -53,22 +45,23 @@ def main(arguments: Sequence[str]) -> None:
     for turn in range(args.repeats + 1):
         for name, words in PROCESSES.items():
             started = time.perf_counter()
-            subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            if turn:  # the first brings files into the page cache
+            subprocess.run([sys.executable, *words], cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
+            if turn > 0:  # the first turn only brings the files into the page cache
                 seconds[name].append(time.perf_counter() - started)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    found = {
-        "command": shlex.join(["python", "benchmarks/startup.py", *arguments]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": machine(torch.device("cpu")),
-        "seconds": {name: {"median": median[name], "all": times} for name, times in seconds.items()},
-        "minivlm_beyond_torch": median["import torch, minivlm"] - median["import torch"],
-    }
+    beyond_torch = median["import torch, minivlm"] - median["import torch"]
     for name, value in median.items():
         print(f"{name}: {value:.2f} s")
-    print(f"minivlm beyond torch: {found['minivlm_beyond_torch']:.2f} s")
+    print(f"minivlm beyond torch: {beyond_torch:.2f} s")
     if args.json:
-        write_json(args.json, found)
+        result = {
+            "command": shlex.join(["python", "-m", "eval.speed.startup", *arguments]),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "machine": describe_machine(torch.device("cpu")),
+            "seconds": {name: {"median": median[name], "all": times} for name, times in seconds.items()},
+            "minivlm_beyond_torch": beyond_torch,
+        }
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

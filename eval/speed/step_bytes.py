@@ -1,37 +1,37 @@
-"""The table of docs/performance.md: what a decode step of each LLaVA-NeXT shape has to read, and what A-VL leaves of it.
+"""What a decode step of each LLaVA-NeXT shape has to read, and what A-VL leaves of it: a table of docs/performance.md.
 
-python benchmarks/step_bytes.py
+This is arithmetic; nothing is measured.
+
+python -m eval.speed.step_bytes
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from eval.speed.contenders import decoder_bytes
 from eval.speed.shapes import SHAPES, shape_config
-from eval.speed.timing import decoder_bytes
-from minivlm.cache.settings import CacheSettings
+from minivlm.cache.policies import preset
 from minivlm.model.config import TextConfig
 from minivlm.model.llava import Llava
 
-VISION, TEXT, INTERVAL, BATCHES = 2880, 70, 4, (1, 32)
-BYTES = 2  # of a weight, and of a number in the cache
+VISION_TOKENS, TEXT_TOKENS = 2880, 70
+INTERVAL = 4
+BATCHES = (1, 32)
+NUMBER_BYTES = 2  # of a weight, and of a number in the cache
 
 
-def token_bytes(config: TextConfig) -> int:
+def kv_bytes_per_token(config: TextConfig) -> int:
     """KV bytes of one token in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BYTES
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * NUMBER_BYTES
 
 
-def attended() -> float:
-    """Entries that `avl` reads per step, layer and head, on average over an interval."""
-    settings = CacheSettings.preset("avl", vision_interval=INTERVAL)
-    kept, core = int((1 - settings.vision_rate) * VISION), int((1 - settings.vision_compute_rate) * VISION)
-    return (kept + (INTERVAL - 1) * core) / INTERVAL + TEXT
+def entries_attended() -> float:
+    """Entries that `avl` reads per step, layer and head: the mean over an interval."""
+    settings = preset("avl", vision_interval=INTERVAL).to_dict()
+    kept = int((1 - settings["vision_rate"]) * VISION_TOKENS)
+    core = int((1 - settings["vision_compute_rate"]) * VISION_TOKENS)
+    return (kept + (INTERVAL - 1) * core) / INTERVAL + TEXT_TOKENS
 
 
 def main() -> None:
@@ -43,13 +43,14 @@ def main() -> None:
         if name.startswith("cpu") or not config.is_next:
             continue
         with torch.device("meta"):
-            weights = decoder_bytes(Llava(config).to(torch.bfloat16))
-        entry = token_bytes(config.text)
+            weight_bytes = decoder_bytes(Llava(config).to(torch.bfloat16))
+        token_bytes = kv_bytes_per_token(config.text)
         cells = []
         for batch in BATCHES:
-            full, avl = (weights + batch * entries * entry for entries in (VISION + TEXT, attended()))
+            full = weight_bytes + batch * (VISION_TOKENS + TEXT_TOKENS) * token_bytes
+            avl = weight_bytes + batch * entries_attended() * token_bytes
             cells.append(f"{full / 1e9:.1f} | {avl / 1e9:.1f} | {full / avl:.2f} x")
-        print(f"| {name} | {weights / 1e9:.1f} | {entry / 2**20:.3f} | {' | '.join(cells)} |")
+        print(f"| {name} | {weight_bytes / 1e9:.1f} | {token_bytes / 2**20:.3f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,18 @@
 import json
 import math
 import random
-import runpy
 
 import pytest
 import torch
 
 import tiny
 import weights
+from eval import attention_command
 from eval.attention_stats import PageRows, concordance, page_statistics, statistics, watch
 from eval.demo.pages import heldout_pairs
 from minivlm.app.cli import run
 from minivlm.errors import UserError
-from minivlm.generation.generate import Sampling
-from paths import SCRIPTS
-
-SCRIPT = SCRIPTS / "attention_stats.py"
+from minivlm.generation.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +197,7 @@ def test_statistics_count_every_page_the_same():
 
 
 def script(*arguments) -> None:
-    run(runpy.run_path(str(SCRIPT))["main"], [str(a) for a in arguments])
+    run(attention_command.measure_attention, [str(argument) for argument in arguments])
 
 
 def test_script_on_the_demos_pages(folder, tmp_path, capsys):
@@ -237,7 +234,7 @@ def test_script_draws(folder, tmp_path):
     from PIL import Image
 
     pages = [tmp_path / f"{i}.png" for i in range(2)]
-    for path, (drawn, _) in zip(pages, heldout_pairs(2, 1)):
+    for path, (drawn, _) in zip(pages, heldout_pairs(2, 1), strict=True):
         drawn.image.save(path)
     script(
         "--model",
@@ -270,9 +267,8 @@ def test_script_draws(folder, tmp_path):
         (["--image", "missing.png", "--prompt", "What?"], "missing.png: no such file"),
     ],
 )
-def test_script_refuses(tmp_path, capsys, flags, message):
-    main = runpy.run_path(str(SCRIPT))["main"]
-    main.__globals__["find_spec"] = lambda name: None  # as where matplotlib is missing
+def test_script_refuses(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(attention_command, "find_spec", lambda name: None)  # as if matplotlib were missing
     with pytest.raises(SystemExit) as ended:
-        run(main, ["--json", str(tmp_path / "out.json"), *flags])
+        script("--json", tmp_path / "out.json", *flags)
     assert ended.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"

@@ -1,7 +1,11 @@
-"""The benchmark: its arithmetic, its fairness to peers, and that nothing compiles once it times; no times are tested."""
+"""The benchmark: its arithmetic, its fairness to peers, and that nothing compiles while it times.
+
+No times are tested.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,17 +15,22 @@ import pytest
 import torch
 
 import tiny
-from eval.speed import benchmark, timing
+from eval.speed import benchmark, contenders, machine, timing
+from eval.speed.benchmark_flags import parse_candidate
 from eval.speed.shapes import SHAPES, make_model, random_model, synthetic_prompts
+from minivlm.cache import accounting
+from minivlm.cache.buffers import choose_cores
 from minivlm.cache.kv_cache import KVCache
+from minivlm.cache.policies import preset
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.generation.generate import Generation, Sampling, decode_step
+from minivlm.generation.generate import Generation
+from minivlm.generation.sampling import Sampling
+from minivlm.generation.steps import decode_step, forward_step
 from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
 from paths import ROOT
 
-PEERS = ROOT / "eval" / "speed"
 NO_CORE = "no core: avl --vision_adaptive_attention_update_interval -1"
 
 
@@ -40,15 +49,14 @@ def model(shape) -> Llava:
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch):
-    plain = timing.bandwidth
+    plain = machine.bandwidth
     monkeypatch.setattr(benchmark, "bandwidth", lambda device: plain(device, 1 << 16, 2))
 
 
 def measure(shape: Path, *flags: str) -> dict:
     out = shape / "out.json"
-    benchmark.main(
-        ["--shape", str(shape), "--random_weights", "--new_tokens", "2", "--repeats", "2", "--json", str(out), *flags],
-        PEERS,
+    benchmark.run_benchmark(
+        ["--shape", str(shape), "--random_weights", "--new_tokens", "2", "--repeats", "2", "--json", str(out), *flags]
     )
     return json.loads(out.read_text())
 
@@ -103,29 +111,26 @@ def test_what_is_written(shape, model, capsys):
 
 def test_bytes_of_a_step_are_those_the_cache_counts(model):
     """`entries_read`, step by step, against the cache's own account of the whole answer."""
-    settings = CacheSettings.preset("avl", text=True, text_init_cache=4, filter=True, filter_layer=1, filter_rate=0.3)
-    ours = timing.Ours("ours", model, settings, compiled=False)
-    ours.prefill(synthetic_prompts(model, 2, 40, 16, 0), 9)
+    settings = preset("avl", text=True, text_init_cache=4, filter=True, filter_layer=1, filter_rate=0.3)
+    contender = contenders.PolicyContender("avl", model, settings, compiled=False)
+    contender.prefill(synthetic_prompts(model, 2, 40, 16, 0), 9)
     for _ in range(8):
-        ours.step()
-    cache = ours._cache
-    attended = cache.entries_attended()
+        contender.step()
+    cache = contender.cache
+    attended = accounting.entries_attended(cache)
     cache.gather = True
-    read = sum(timing.entries_read(cache, step) for step in range(cache.steps))
-    assert read == pytest.approx(sum(attended.values()) * cache.steps * 2 * len(cache.layers))
+    core_alone = sum(accounting.entries_read(cache, step) for step in range(cache.steps))
+    assert core_alone == pytest.approx(sum(attended.values()) * cache.steps * 2 * len(cache.layers))
     cache.gather = False  # then a core step passes over the secondary entries, too
-    secondary = sum(row.vision - row.core for layer in cache.layers for row in layer.rows)
-    assert (
-        sum(timing.entries_read(cache, step) for step in range(cache.steps))
-        == read + secondary * cache.kinds.count("core")
-        > read
-    )
+    everything = sum(accounting.entries_read(cache, step) for step in range(cache.steps))
+    secondary = sum(counts.vision - counts.core for layer in cache.layers for counts in layer.counts)
+    assert everything == core_alone + secondary * cache.step_kinds.count("core") > core_alone
 
 
 def test_the_table_of_bytes_in_the_docs():
     """It is what its command prints."""
     done = subprocess.run(
-        [sys.executable, "eval/speed/step_bytes.py"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "eval.speed.step_bytes"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert len(done.stdout.splitlines()) > 5 and done.stdout in (ROOT / "docs" / "performance.md").read_text(
         encoding="utf-8"
@@ -135,17 +140,17 @@ def test_the_table_of_bytes_in_the_docs():
 def test_decoder_bytes(model):
     """All but the tower, the projector and the embeddings, of which a step reads a row."""
     left_out = ("vision_tower", "multi_modal_projector", "image_newline", "language_model.embed_tokens")
-    assert timing.decoder_bytes(model) == sum(
+    assert contenders.decoder_bytes(model) == sum(
         p.nbytes for name, p in model.named_parameters() if not name.startswith(left_out)
     )
 
 
 def test_nothing_compiles_after_the_warm_up(shape, monkeypatch):
-    monkeypatch.setattr(
-        timing,
-        "compiled_decode_step",
-        lambda device: torch.compile(decode_step, fullgraph=True, dynamic=False, backend="eager"),
-    )
+    def traced(function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+    step = functools.partial(decode_step, forward=traced(forward_step), choose=traced(choose_cores))
+    monkeypatch.setattr(contenders, "compiled_decode_step", lambda device: step)
     monkeypatch.setattr(benchmark, "compiled_blocks", lambda model: model)
     flags = ("--vision_tokens", "60", "--text_tokens", "20", "--policy", "full", "avl")
     torch._dynamo.reset()
@@ -153,15 +158,15 @@ def test_nothing_compiles_after_the_warm_up(shape, monkeypatch):
     for row in rows:
         assert row["compiled"] and len(row["after_warm_up"]) == 4 and not any(row["after_warm_up"].values())
     torch._dynamo.reset()
-    monkeypatch.setattr(timing, "WARM_UP", 0)  # then the first refresh is timed and compiles
-    assert measure(shape, *flags)["cases"][0]["rows"][1]["after_warm_up"]["graphs"] == 1
+    monkeypatch.setattr(timing, "WARM_UP", 0)  # then the first refresh is timed: it compiles a step and a choice
+    assert measure(shape, *flags)["cases"][0]["rows"][1]["after_warm_up"]["graphs"] == 2
     torch._dynamo.reset()
 
 
 def test_prompts_and_weights_are_random(model):
     prompts = synthetic_prompts(model, 3, 50, 24, seed=1)
     image = model.config.image_token_index
-    for ids, features in zip(prompts.ids, prompts.features):
+    for ids, features in zip(prompts.ids, prompts.features, strict=True):
         assert (ids == image).sum() == len(features) == 50 and len(ids) == prompts.length == 74
         assert ids[-1] != image and ids[ids != image].unique().numel() > 12
         assert features.std() > 0.9
@@ -199,17 +204,12 @@ def test_largest_batch_is_where_memory_ends(model, monkeypatch):
 
     def small(model, cache: KVCache, *rest):
         policies.append(cache.policy.name)
-        if len(cache.tracks) > 5:
+        if len(cache.sequences) > 5:
             raise torch.OutOfMemoryError("of the test")
         return plain(model, cache, *rest)
 
     monkeypatch.setattr(timing, "Generation", small)
-    assert (
-        timing.batch_that_fits(
-            model, CacheSettings.preset("avl"), lambda batch: synthetic_prompts(model, batch, 8, 4, 0), 4
-        )
-        == 5
-    )
+    assert timing.batch_that_fits(model, preset("avl"), lambda batch: synthetic_prompts(model, batch, 8, 4, 0), 4) == 5
     assert set(policies) == {"avl"}
 
 
@@ -224,9 +224,9 @@ def test_largest_batch_is_where_memory_ends(model, monkeypatch):
     (["--largest_batch"], "--largest_batch needs a GPU"),
     (["--what"], "unrecognized arguments: --what"),
 ])  # fmt: skip
-def test_mistakes_are_told(shape, flags, told):
+def test_mistakes_are_one_line(shape, flags, told):
     with pytest.raises(UserError, match=".*") as error:
-        benchmark.main(["--shape", str(shape), "--random_weights", "--device", "cpu", *flags], PEERS)
+        benchmark.run_benchmark(["--shape", str(shape), "--random_weights", "--device", "cpu", *flags])
     assert told in str(error.value)
 
 
@@ -236,10 +236,10 @@ def test_a_folder_without_weights_needs_the_flag(shape):
 
 
 def test_flags_outside_hold_for_all_policies_and_inside_for_one():
-    inner = benchmark.candidate("mine: avl --vision_adaptive_attention_rate 0.75", ["--text_pruning_flag"], 3, True)
-    assert inner.label == "mine" and inner.settings == CacheSettings.preset("avl", vision_rate=0.75, text=True, seed=3)
-    assert inner.compiled and not benchmark.candidate("full --no_compile", [], 0, True).compiled
-    assert benchmark.candidate("full", ["--text_pruning_flag"], 0, True).settings.text
+    inner = parse_candidate("mine: avl --vision_adaptive_attention_rate 0.75", ["--text_pruning_flag"], 3, True)
+    assert inner.label == "mine" and inner.settings == preset("avl", vision_rate=0.75, text=True, seed=3)
+    assert inner.compiled and not parse_candidate("full --no_compile", [], 0, True).compiled
+    assert parse_candidate("full", ["--text_pruning_flag"], 0, True).settings.text
 
 
 def test_the_picture(shape):
@@ -269,7 +269,7 @@ def test_transformers_is_timed_on_the_same_model(shape, tmp_path, kv_heads):
     pytest.importorskip("transformers")
     tiny.dump(tmp_path / "config.json", tiny.make_config("next-vicuna", kv_heads=kv_heads))
     model = make_model(str(tmp_path), "cpu", "auto", 0, random_weights=True)
-    peer = benchmark.peer("transformers", PEERS)("transformers", model)
+    peer = benchmark.find_peer("transformers")("transformers", model)
     assert peer.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     peer.prefill(synthetic_prompts(model, 2, 30, 10, 0), 12)
     for steps in (4, 5):
@@ -281,7 +281,8 @@ def test_transformers_is_timed_on_the_same_model(shape, tmp_path, kv_heads):
         pass
     assert ids[:, 40:].tolist() == ours.tokens
     facts = peer.facts()
-    assert facts["full_bytes"] == cache.full_bytes() - 2 * 2 * cache.steps * cache.entry_bytes()
+    decoded = 2 * 2 * cache.steps * accounting.entry_bytes(cache)  # sequences, layers
+    assert facts["full_bytes"] == accounting.full_bytes(cache) - decoded
 
 
 @pytest.mark.slow
@@ -293,7 +294,14 @@ def test_transformers_with_a_static_cache(shape):
     assert [row["name"] for row in result["cases"][0]["rows"]] == ["full", "transformers:static"]
 
 
-def test_a_peer_that_is_not_installed_is_left_out(tmp_path, capsys):
-    (tmp_path / "peer_absent.py").write_text("import no_such_package_anywhere\n")
-    assert benchmark.peer("absent", tmp_path) is None
-    assert "peer absent is left out: No module named 'no_such_package_anywhere'" in capsys.readouterr().err
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "eval.speed.peer_transformers", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert benchmark.find_peer("transformers") is None
+    assert "peer transformers is left out: " in capsys.readouterr().err
+
+
+def test_an_unknown_variant_of_a_peer_is_refused():
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="transformers has no variant 'dynamic' .expected one of '', 'static'"):
+        benchmark.find_peer("transformers:dynamic")
