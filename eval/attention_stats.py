@@ -23,13 +23,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minivlm.cache import attention
-from minivlm.cache.kv_cache import Decode, KVCache
-from minivlm.cache.prefill_pass import Prefill
+from minivlm.cache.decode_pass import DecodePass
+from minivlm.cache.kv_cache import KVCache
+from minivlm.cache.policy import Policy
+from minivlm.cache.prefill_pass import PrefillPass
 from minivlm.cache.ranking import best_first
-from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.generation.generate import Sampling
+from minivlm.generation.sampling import Sampling
 from minivlm.generation.vlm import VLM
+from minivlm.model.config import TextConfig
 
 CLASSES = ("system", "vision", "text")
 
@@ -49,57 +51,57 @@ class PageRows:
 
 
 class WatchedCache(KVCache):
-    """A full cache for one sequence, whose passes leave their attention rows in `rows`: per step a list of one [n] per layer.
+    """A full cache for one sequence that notes, for every step and layer, the attention of the step's last query.
 
     It keeps the keys of all layers once more, in the order of the tokens, so that it needs to know nothing of slots.
     """
 
-    def prefill(
-        self, is_vision: Sequence[Tensor], max_new_tokens: int, rows_at_once: int | None = None
-    ) -> list[_Watch]:
-        (run,) = super().prefill(is_vision, max_new_tokens, rows_at_once)
-        self.rows: list[list[Tensor]] = []
+    def __init__(self, config: TextConfig, device: torch.device) -> None:
+        super().__init__(config, Policy("full"), device=device)
+        self.prefill_pass, self.decode_pass = _WatchedPrefill, _WatchedDecode
+        self.attn: list[list[Tensor]] = []  # per step, and per layer [columns]
         self.keys: list[Tensor] = []  # per layer [H_kv, S + steps, D]
-        self.columns = len(is_vision[0]) + self.max_steps
-        return [_Watch(self, run)]
 
-    def decode(self, kind: str) -> _Watch:
-        return _Watch(self, super().decode(kind))
+    def note(self, layer_idx: int, q: Tensor, k: Tensor) -> None:
+        """Note the attention of the last query of q [1, H, S, D], whose step adds the keys k [1, H_kv, S, D]."""
+        if layer_idx == 0:
+            self.attn.append([])
+        prompt = self.sequences[0].length
+        first = len(self.attn) == 1
+        start, end = (0, prompt) if first else (prompt + len(self.attn) - 2, prompt + len(self.attn) - 1)
+        if first:
+            self.keys.append(k.new_empty(k.shape[1], prompt + self.max_steps, k.shape[3]))
+        self.keys[layer_idx][:, start:end] = k[0]
+        visible = torch.tensor([end], device=q.device)
+        weights = attention.weights(q[0, :, -1:], self.keys[layer_idx][:, :end], visible)  # [H_kv, 1, end]
+        self.attn[-1].append(weights.sum(dim=0)[0] / q.shape[1])
 
 
-class _Watch:
-    """A pass over a cache that computes its last query's attention rows beside it."""
+class _WatchedPrefill(PrefillPass):
+    state: WatchedCache
 
-    def __init__(self, cache: WatchedCache, run: Prefill | Decode) -> None:
-        self.cache, self.run = cache, run
-        self.before = 0 if not cache.rows else cache.tracks[0].seen + len(cache.rows) - 1
-        cache.rows.append([])
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.state.note(layer_idx, q, k)
+        return super().attend(layer_idx, q, k, v)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.run, name)
 
-    def survivors(self, layer: int) -> Tensor | None:
-        return self.run.survivors(layer)
+class _WatchedDecode(DecodePass):
+    state: WatchedCache
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        held, end = self.cache.keys, self.before + k.shape[2]
-        if layer == len(held):
-            held.append(k.new_empty(k.shape[1], self.cache.columns, k.shape[3]))
-        held[layer][:, self.before : end] = k[0]
-        row = attention.rows(q[0, :, -1:], held[layer][:, :end], torch.tensor([end], device=q.device))  # [H_kv, 1, end]
-        self.cache.rows[-1].append(row.sum(dim=0)[0] / q.shape[1])
-        return self.run.attend(layer, q, k, v)
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.state.note(layer_idx, q, k)
+        return super().attend(layer_idx, q, k, v)
 
 
 def watch(vlm: VLM, prompt: str, image: Image.Image, max_new_tokens: int) -> PageRows:
     """Answer one question about one page, greedily, and return every step's rows."""
     inputs = vlm.processor([vlm.processor.question(prompt, 1)], [[image]])
-    cache = WatchedCache(vlm.config.text, CacheSettings().build(vlm.config.text.num_hidden_layers), device=vlm.device)
+    cache = WatchedCache(vlm.config.text, vlm.device)
     generation = vlm.generate(inputs, cache, Sampling(max_new_tokens))
     for _ in generation:
         pass
-    steps = 1 + int(cache.fed[0])  # on a GPU one more may have been started
-    rows = [torch.stack(layers).cpu() for layers in cache.rows[:steps]]
+    steps = 1 + int(cache.stored[0])  # on a GPU one more may have been started
+    rows = [torch.stack(layers).cpu() for layers in cache.attn[:steps]]
     return PageRows(
         rows, inputs.input_ids[0] == vlm.config.image_token_index, vlm.processor.decode(generation.tokens[0])
     )
@@ -215,7 +217,7 @@ def draw(stats: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1)
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for axes, each in zip(above.subplots(1, len(stats["concordance"]), squeeze=False)[0], stats["concordance"]):
         image = axes.imshow(each["between_layers"], vmin=0, vmax=1, cmap="viridis")
         axes.set_title(f"top {each['share']:.0%}, mean {each['between_layers_mean'] or 0:.2f}")
@@ -223,7 +225,7 @@ def draw(stats: dict[str, Any], path: Path) -> None:
     above.axes[0].set_ylabel("layer")
     above.colorbar(image, ax=above.axes, label="concordance between layers")
 
-    steps, decay, mass = below.subplots(1, 3)
+    steps, decay, mass = below.subplots(1, 3).flat
     for i, each in enumerate(stats["concordance"]):
         values = [value for value in each["between_steps_mean"] if value is not None]
         steps.plot(

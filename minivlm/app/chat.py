@@ -1,4 +1,4 @@
-"""Answers on a terminal: one streamed answer, or a conversation whose questions come from standard input."""
+"""Answers on a terminal: a single one, or a conversation led from standard input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from PIL import Image
 from minivlm.app.cli import complain, note
 from minivlm.app.report import describe_stats
 from minivlm.errors import UserError
-from minivlm.generation.vlm import Conversation, Stream
+from minivlm.generation.answers import Stream
+from minivlm.generation.vlm import Conversation
 from minivlm.inputs.images import load_image
 
 _IMAGE_COMMAND = "/image"
@@ -20,8 +21,9 @@ _IMAGE_COMMAND = "/image"
 def show(stream: Stream, stats: bool) -> bool:
     """Print an answer while it is generated. Returns whether Ctrl-C ended it early.
 
-    An interrupted answer ends after the token being computed; what was printed so far is kept. Standard error gets the
-    statistics, if `stats` asks for them, and a note if the model's context was full before the answer was complete.
+    An interrupted answer ends after the token being computed; what was printed so far is kept.
+    Standard error gets the statistics, if `stats` asks for them, and a note if the model's context
+    was full before the answer was complete.
     """
     previous_handler = signal.signal(signal.SIGINT, lambda *_: stream.stop())
     try:
@@ -32,7 +34,8 @@ def show(stream: Stream, stats: bool) -> bool:
     print(flush=True)
 
     answer, generation = stream.answer, stream.generation
-    cut_short = answer.finish == "length" and len(answer.token_ids) < generation.sampling.max_new_tokens
+    wanted = generation.sampling.max_new_tokens
+    cut_short = answer.finish == "length" and len(answer.token_ids) < wanted
     if cut_short and not generation.stopped:
         context_length = generation.cache.config.context_length
         note(f"the answer ends here: the model's context of {context_length} tokens is full")
@@ -41,11 +44,17 @@ def show(stream: Stream, stats: bool) -> bool:
     return generation.stopped
 
 
-def converse(conversation: Conversation, images: Sequence[Image.Image], first: str | None, stats: bool) -> None:
-    """Answer `first`, then each line of standard input, until the input ends or Ctrl-C is pressed at the prompt.
+def converse(
+    conversation: Conversation,
+    images: Sequence[Image.Image],
+    first: str | None,
+    stats: bool,
+) -> None:
+    """Answer `first` and each line of standard input, until it ends or the user presses Ctrl-C.
 
-    The line `/image FILE` adds an image to the next question; `/image` alone discards the images that wait for it. A
-    mistake in a turn is reported in one line and the conversation goes on. Ctrl-C during an answer ends only that turn.
+    The line `/image FILE` adds an image to the next question; `/image` alone discards the images
+    that wait for it. A mistake in a turn is reported in one line and the conversation goes on.
+    Ctrl-C during an answer ends only that turn.
     """
     pending_images = list(images)
     for line in _questions(first):

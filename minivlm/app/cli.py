@@ -1,4 +1,4 @@
-"""What all command lines share: flags in both spellings, mistakes told in one line, exit statuses."""
+"""What all command lines share: flags in both spellings, errors of one line, exit statuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from minivlm.app.policy_flags import parse_bool, spellings
+from minivlm.app.policy_flags import given, parse_bool, spellings
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 
@@ -28,19 +28,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def flag(self, name: str, **options: Any) -> None:
-        """Add a flag in both spellings, `--like_this` and `--like-this`. `options` are those of `add_argument`."""
+        """Add a flag in both spellings, `--like_this` and `--like-this`.
+
+        `options` are those of `add_argument`.
+        """
         self.add_argument(*spellings(name), **{"dest": name, **options})
 
     def switch(self, name: str, *, default: bool | None = False, help: str) -> None:
         """Add a boolean flag, which takes true/false or stands alone."""
-        self.flag(name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+        stands_alone = dict(nargs="?", const=True, metavar="BOOL")
+        self.flag(name, type=parse_bool, default=default, help=help, **stands_alone)
 
     def model_flags(self) -> None:
         """Add the flags of every script that loads a model."""
         self.flag(
             "model",
             metavar="DIR|HUB_ID",
-            help="a checkpoint folder, or a repository on the Hugging Face Hub (the bundled demo checkpoint)",
+            help="a checkpoint folder, or a repository on the Hugging Face hub (the bundled demo)",
         )
         self.flag(
             "device",
@@ -71,8 +75,8 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
         print(file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output is gone, so there is nobody to tell. Python flushes stdout once more when it exits;
-        # with stdout redirected, that flush cannot fail.
+        # The reader of our output is gone, so there is nobody to tell. Python flushes stdout once
+        # more when it exits; redirected to the null device, that cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
@@ -92,6 +96,6 @@ def note_settings(settings: CacheSettings, args: argparse.Namespace, images: boo
 
     `images` says whether the prompt has images.
     """
-    if any(name == "policy" or name.startswith("cache.") for name in vars(args)):
+    if "policy" in vars(args) or given(args):
         for line in settings.notes(images):
             note(line)

@@ -20,7 +20,7 @@ from minivlm.cache.recorder import Recorder
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.files import expect_writable, write_whole
-from minivlm.generation.generate import Sampling
+from minivlm.generation.sampling import Sampling
 from minivlm.generation.vlm import VLM
 from minivlm.inputs.images import load_image
 
@@ -55,7 +55,8 @@ def answer_one(
 ) -> None:
     """Print the answer to one question and draw the overlay, if one is wanted.
 
-    After Ctrl-C the overlay of the shortened answer is still drawn; then `KeyboardInterrupt` is raised.
+    After Ctrl-C, the overlay of the shorter answer is still drawn; then `KeyboardInterrupt` is
+    raised.
     """
     if args.overlay_layer is not None:
         check_layer(args.overlay_layer, vlm.config.text.num_hidden_layers)
@@ -63,14 +64,14 @@ def answer_one(
     stream = vlm.stream(args.prompt, images, sampling=sampling, settings=settings, observer=recorder)
     interrupted = show(stream, args.stats)
     if recorder is not None:
-        if settings.vision_interval <= 1:
-            # Cores are chosen, as in the paper, but every step uses all entries: there is nothing to tell apart.
+        if recorder.interval <= 1:
+            # Cores are chosen, as in the paper, but every step uses all entries.
             recorder.cores.clear()
         page = draw_overlay(
             images,
             vlm.config,
             recorder,
-            stream.generation.cache.tracks[0].vision,
+            recorder.vision_positions.tolist(),
             layer_idx=args.overlay_layer,
             step=args.overlay_step,
             settings=vlm.processor.image_settings,
@@ -86,7 +87,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.model_flags()
     add_question_flags(parser)
     add_output_flags(parser)
-    policy_flags.add_arguments(parser)
+    policy_flags.add_arguments(parser, arguments)
     args = parser.parse_args(arguments)
     check_args(args)
     return args
@@ -103,14 +104,26 @@ def add_question_flags(parser: Parser) -> None:
         metavar="FILE",
         help="images, in the order in which the prompt refers to them",
     )
-    parser.flag("prompt", metavar="TEXT", help="the question; <image> in it marks the place of an image")
+    parser.flag("prompt", metavar="TEXT", help="the question; <image> marks the place of an image")
     parser.switch(
         "chat",
-        help="hold a conversation in one cache: --prompt first, then one question per line of standard input; "
-        "the line `/image FILE` adds an image to the next question",
+        help="hold a conversation in one cache: --prompt first, then one question per line of "
+        "standard input; the line `/image FILE` adds an image to the next question",
     )
-    parser.flag("max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens (256)")
-    parser.flag("temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0 is greedy (0)")
+    parser.flag(
+        "max_new_tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="length of the longest answer, in tokens (256)",
+    )
+    parser.flag(
+        "temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0 is greedy (0)",
+    )
     parser.flag(
         "top_p",
         type=float,
@@ -154,7 +167,7 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise `UserError` for flags that do not go together, and for an overlay that could not be written."""
+    """Raise `UserError` for flags that do not go together and for an unwritable overlay."""
     if args.prompt is None and not args.chat:
         raise UserError("expected --prompt TEXT, or --chat")
     if args.overlay and (args.chat or not args.image):

@@ -1,15 +1,25 @@
-"""The command-line flags of a KV policy, generated from the fields of `CacheSettings`.
+"""The command-line flags of KV policies, made from the fields of their settings classes.
 
-A preset (`--policy avl`) sets several fields at once; flags given explicitly override it. The flags keep the spelling of
-the A-VL authors' code, which stands in each field's metadata.
+A preset (`--policy avl`) sets several settings at once; flags given explicitly override it. `--policy_file` adds a
+policy that lives outside of this tree. Flags keep the spelling of the A-VL authors' code where they come from there.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, replace
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
-from minivlm.cache.settings import REGISTRY, CacheSettings
+from minivlm.cache.policies import PRESETS, Preset, preset
+from minivlm.cache.settings import CacheSettings, flag_names
+from minivlm.errors import UserError
+
+_DEST = "setting."  # begins the names of these flags in a namespace
+_PLACEHOLDERS = {bool: "BOOL", float: "F", int: "N", str: "TEXT"}
 
 
 def parse_bool(text: str) -> bool:
@@ -26,32 +36,122 @@ def spellings(flag: str) -> list[str]:
     return list(dict.fromkeys(("--" + flag, "--" + flag.replace("_", "-"))))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--policy` and one flag per setting, in both spellings. A boolean takes true/false or stands alone."""
+def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] = ()) -> None:
+    """Add `--policy`, `--policy_file` and one flag for each setting, in both spellings.
+
+    The settings of a `--policy_file` among `arguments` become flags as well: that file is run now. A boolean takes
+    true/false or stands alone. Raises `UserError` if the file cannot be used.
+    """
+    file = _value_of("policy_file", arguments)
+    presets = dict(PRESETS) if file is None else PRESETS | load_policy_file(Path(file))
+    parser.set_defaults(presets=presets)
     group = parser.add_argument_group("KV cache policy (rates are the shares removed)")
     group.add_argument(
         "--policy",
         default=argparse.SUPPRESS,
-        metavar="|".join(REGISTRY),
-        help="a preset; the flags below override it (full)",
+        metavar="|".join(presets),
+        help="a preset; the flags below override it (full, or the policy of --policy_file)",
     )
-    for setting in fields(CacheSettings):
-        if "flag" not in setting.metadata:
-            continue
-        value_type = setting.metadata["kind"]
+    group.add_argument(
+        *spellings("policy_file"),
+        dest="policy_file",
+        metavar="FILE.py",
+        help="a policy of your own (docs/policies.md); the file is run as Python code",
+    )
+    for flag, setting in _settings_of(presets).items():
+        value_type = setting.metadata["type"]
         default = "" if setting.default is None else f" ({str(setting.default).lower()})"
+        options: dict[str, Any] = {"nargs": "?", "const": True} if value_type is bool else {}
         group.add_argument(
-            *spellings(setting.metadata["flag"]),
-            dest=f"cache.{setting.name}",
+            *spellings(flag),
+            dest=_DEST + flag,
             type=parse_bool if value_type is bool else value_type,
             default=argparse.SUPPRESS,  # absent from the namespace unless given, so that a preset's value holds
             help=setting.metadata["help"] + default,
-            metavar={bool: "BOOL", float: "F", int: "N"}[value_type],
-            **(dict(nargs="?", const=True) if value_type is bool else {}),
+            metavar=_PLACEHOLDERS[value_type],
+            **options,
         )
 
 
 def from_args(args: argparse.Namespace, seed: int = 0) -> CacheSettings:
-    """The settings that the flags of `add_arguments` ask for. Raises `UserError` if they are out of range."""
-    given = {name.removeprefix("cache."): value for name, value in vars(args).items() if name.startswith("cache.")}
-    return replace(CacheSettings.preset(getattr(args, "policy", "full"), **given), seed=seed)
+    """The settings that the flags of `add_arguments` ask for.
+
+    Raises `UserError` if they are out of range, or are no settings of the policy.
+    """
+    presets: Mapping[str, Preset] = args.presets
+    default = "full" if args.policy_file is None else list(presets)[-1]
+    name = getattr(args, "policy", default)
+    if name not in presets:
+        preset(name, presets=presets)  # refuses the name
+    fields_by_flag = {flag: field for field, flag in flag_names(presets[name].settings).items()}
+    changes = {}
+    for flag, value in given(args).items():
+        if flag not in fields_by_flag:
+            expected = ", ".join(f"--{own}" for own in fields_by_flag)
+            raise UserError(f"--{flag} is not a setting of --policy {name} (expected {expected})")
+        changes[fields_by_flag[flag]] = value
+    return preset(name, presets=presets, **changes, seed=seed)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that stand on the command line, by flag."""
+    return {name.removeprefix(_DEST): value for name, value in vars(args).items() if name.startswith(_DEST)}
+
+
+def load_policy_file(path: Path) -> dict[str, Preset]:
+    """Run a user's own file and return the policy that it defines, by its name.
+
+    The file defines one subclass of `CacheSettings`, a dataclass whose field `policy` has the policy's name as its
+    default. Raises `UserError` if the file cannot be run or does not do that.
+    """
+    if not path.is_file():
+        raise UserError(f"--policy_file {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"minivlm_policy_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--policy_file {path}: not a Python file (expected a name that ends in .py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--policy_file {path}: {type(error).__name__}: {error}") from error
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, CacheSettings) and value.__module__ == spec.name
+    ]
+    if len(classes) != 1 or not is_dataclass(classes[0]):
+        raise UserError(f"--policy_file {path}: defines {len(classes)} subclasses of CacheSettings (expected one)")
+    name = classes[0].policy
+    if name in PRESETS:
+        raise UserError(
+            f"--policy_file {path}: the policy is called {name!r}, which is taken "
+            f"(expected another default of the field `policy` of {classes[0].__name__})"
+        )
+    return {name: Preset(classes[0])}
+
+
+def _settings_of(presets: Mapping[str, Preset]) -> dict[str, Field[Any]]:
+    """The settings of all policies by flag; raises `UserError` if one flag would mean two things."""
+    by_flag: dict[str, Field[Any]] = {}
+    for chosen in presets.values():
+        names = flag_names(chosen.settings)
+        for setting in fields(chosen.settings):
+            if setting.name not in names:
+                continue
+            flag, value_type = names[setting.name], setting.metadata["type"]
+            if value_type not in _PLACEHOLDERS:
+                raise UserError(f"setting {setting.name} of {chosen.settings.__name__} has no type of a flag")
+            if by_flag.setdefault(flag, setting).metadata["type"] is not value_type:
+                raise UserError(f"--{flag} has another type in {chosen.settings.__name__} than elsewhere")
+    return by_flag
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of a flag before anything is parsed; the last one, if it is given more than once."""
+    value = None
+    for i, word in enumerate(arguments):
+        name, equals, rest = word.partition("=")
+        if name in spellings(flag):
+            value = rest if equals else next(iter(arguments[i + 1 :]), None)
+    return value

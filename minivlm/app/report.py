@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from minivlm.generation.vlm import Stats
+from minivlm.generation.answers import Stats
 
 
 def describe_stats(stats: Stats) -> str:
-    """Times, KV bytes by class compared to the full cache, and the entries that took part in a decode step."""
-    total = sum(stats.live_entries.values())
-    by_class = ", ".join(f"{name} {count / total:.0%}" for name, count in stats.live_entries.items() if count)
-    attended = sum(stats.entries_attended_per_step.values())
-    per_step = ", ".join(f"{name} {count:.1f}" for name, count in stats.entries_attended_per_step.items() if count)
+    """Times, KV bytes by class compared to the full cache, and the entries a decode step used."""
+    held = stats.live_entries
+    used = stats.entries_attended_per_step
+    total = sum(held.values())
+    by_class = ", ".join(f"{name} {count / total:.0%}" for name, count in held.items() if count)
+    per_step = ", ".join(f"{name} {count:.1f}" for name, count in used.items() if count)
     if not stats.live_entries["vision secondary"]:
         # Without secondary entries there is no core to tell apart from them.
         by_class = by_class.replace("vision core", "vision")
@@ -23,7 +24,9 @@ def describe_stats(stats: Stats) -> str:
         f"({by_class}); {binary_size(stats.nbytes)} allocated with room for the answer",
     ]
     if stats.decode_steps:
-        lines.append(f"{attended:.1f} entries per layer and head took part in a decode step on average ({per_step})")
+        lines.append(
+            f"{sum(used.values()):.1f} entries per layer and head took part in a decode step on average ({per_step})"
+        )
     return "\n".join(lines)
 
 

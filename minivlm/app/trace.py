@@ -1,7 +1,7 @@
 """A trace of one greedy answer: every logit, every eviction, every core set.
 
-The tensors have the names and meanings of the golden traces (tests/golden/README.md), so a trace made here can be
-compared directly to one of the A-VL authors' code.
+The tensors have the names and meanings of the golden traces (tests/golden/README.md), so a trace
+made here can be compared directly to one of the A-VL authors' code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from minivlm.cache.recorder import Recorder
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.generation.generate import decode_step, prefill_step
+from minivlm.generation.steps import decode_step, prefill_step
 from minivlm.generation.vlm import VLM
 
 
@@ -25,14 +25,16 @@ def trace(
     settings: CacheSettings,
     forced: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Run `steps` greedy steps on a prompt and record what the cache does. End-of-sequence tokens are ignored.
+    """Run `steps` greedy steps on a prompt and record what the cache does.
 
-    Step 0 is the prefill of `ids` [S], which hold one id per image token, with the images' `features` [N_i, C]. With
-    `forced` [>= steps - 1], those tokens are fed instead of the model's own choices.
+    End-of-sequence tokens are ignored. Step 0 is the prefill of `ids` [S], which hold one id per
+    image token, with the images' `features` [N_i, C]. With `forced` [>= steps - 1], those tokens
+    are fed instead of the model's own choices.
 
-    Returns tokens [steps] int32, logits [steps, V] float32, fate [L, H_kv, S + steps - 1] int16 and, where the policy
-    has them, vision_kept [L, K], core_steps [U] and core [U, L, C]. `tokens` is always the argmax of `logits`. Raises
-    `UserError` if the answer exceeds the model's context or `forced` is too short.
+    Returns tokens [steps] int32, logits [steps, V] float32, fate [L, H_kv, S + steps - 1] int16
+    and, where the policy has them, vision_kept [L, K], core_steps [U] and core [U, L, C]. `tokens`
+    is always the argmax of `logits`. Raises `UserError` if the answer exceeds the model's context
+    or `forced` is too short.
     """
     context_length = vlm.config.text.context_length
     if len(ids) + steps - 1 > context_length:
@@ -44,27 +46,27 @@ def trace(
     logits = [prefill_step(vlm.model, cache, [ids], features, steps, recorder)]
     no_stop_ids = torch.zeros(0, dtype=torch.int64, device=vlm.device)
     for step in range(1, steps):
-        token = logits[-1].argmax(dim=-1) if forced is None else forced[step - 1 : step].long().to(vlm.device)
-        kind = cache.kind
-        logits.append(decode_step(vlm.model, cache, kind, token, no_stop_ids))
-        cache.advance(kind)
-        recorder.stepped(cache, kind)
+        token = logits[-1].argmax(dim=-1)  # [1]
+        if forced is not None:
+            token = forced[step - 1 : step].long().to(vlm.device)
+        logits.append(decode_step(vlm.model, cache, token, no_stop_ids))
+        recorder.stepped(cache)
 
     all_logits = torch.cat(logits).float().cpu()  # [steps, V]
     out = {"tokens": all_logits.argmax(dim=-1).int(), "logits": all_logits, "fate": recorder.fate}
     if recorder.kept:
-        out["vision_kept"] = recorder.ordinals(cache, recorder.kept).short()
+        out["vision_kept"] = recorder.ordinals(recorder.kept).short()
     if recorder.cores:
         out["core_steps"] = torch.tensor([step for step, _ in recorder.cores], dtype=torch.int32)
-        out["core"] = torch.stack([recorder.ordinals(cache, core) for _, core in recorder.cores]).short()
+        out["core"] = torch.stack([recorder.ordinals(core) for _, core in recorder.cores]).short()
     return out
 
 
 def expand(vlm: VLM, ids: Tensor, features: list[Tensor]) -> Tensor:
     """Repeat each image token of ids [S] so that every feature of its image has one.
 
-    Ids that are already expanded are returned unchanged. Raises `UserError` if the image tokens match neither the
-    number of images nor the number of their features.
+    Ids that are already expanded are returned unchanged. Raises `UserError` if the image tokens
+    match neither the number of images nor the number of their features.
     """
     is_image = ids == vlm.config.image_token_index
     image_tokens = int(is_image.sum())

@@ -1,4 +1,4 @@
-"""Trace a greedy answer: tokens, logits, evictions and core sets, in the layout of tests/golden/README.md."""
+"""Trace a greedy answer: tokens, logits, evictions and core sets, as in tests/golden/README.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from minivlm.inputs.images import load_image
 
 def main(arguments: Sequence[str], load: Callable[..., VLM]) -> None:
     """Run the command. `load` is `weights.load`, which this package may not import itself."""
-    # Small files are read before the checkpoint is loaded, so that mistakes in them are told at once.
+    # Small files are read before the checkpoint is loaded, so that mistakes in them are told at
+    # once.
     args = parse(arguments)
     settings = policy_flags.from_args(args, args.seed)
     images = [load_image(path) for path in args.image]
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str], load: Callable[..., VLM]) -> None:
     tensors = trace(vlm, expand(vlm, ids, features), features, args.steps, settings, forced)
     note_settings(settings, args)
     # The inputs are part of the trace, so that it can be repeated with --inputs.
-    tensors |= {name: inputs[name] for name in ("input_ids", "pixel_values", "image_sizes") if name in inputs}
+    for name in ("input_ids", "pixel_values", "image_sizes"):
+        if name in inputs:
+            tensors[name] = inputs[name]
     write_whole(args.out, lambda path: save_tensors(tensors, path))
 
 
@@ -53,7 +56,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "inputs",
         type=Path,
         metavar="IN.safetensors",
-        help="the model's inputs: input_ids [1, S], pixel_values, and for LLaVA-NeXT image_sizes (h, w)",
+        help="the model's inputs: input_ids [1, S], pixel_values, for LLaVA-NeXT image_sizes (h, w)",
     )
     parser.flag(
         "image",
@@ -64,7 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="images for --prompt, instead of --inputs",
     )
-    parser.flag("prompt", metavar="TEXT", help="the question; <image> in it marks the place of an image")
+    parser.flag("prompt", metavar="TEXT", help="the question; <image> marks the place of an image")
     parser.flag(
         "steps",
         type=int,
@@ -85,7 +88,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="OUT.safetensors",
         help="the trace; written completely or not at all",
     )
-    policy_flags.add_arguments(parser)
+    policy_flags.add_arguments(parser, arguments)
     args = parser.parse_args(arguments)
     if (args.inputs is None) == (args.prompt is None) or (args.inputs and args.image):
         raise UserError("expected either --inputs, or --prompt with --image")
@@ -96,7 +99,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def read_inputs(path: Path) -> dict[str, Tensor]:
-    """Read input_ids [1, S] and, if there are images, pixel_values and image_sizes [I, 2]. Raises `UserError`."""
+    """Read input_ids [1, S] and, if there are images, pixel_values and image_sizes [I, 2].
+
+    Raises `UserError` if one of them is malformed.
+    """
     inputs = read_tensors(path, "input_ids")
     ids = inputs["input_ids"]
     if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or not is_integer(ids):

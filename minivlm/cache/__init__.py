@@ -1,1 +1,0 @@
-"""The explicit KV cache and the policies that decide what it holds."""

@@ -1,93 +1,247 @@
-"""What a KV policy is: up to three small parts, and nothing else.
+"""The contract of a KV policy: what a policy may decide, and what the cache tells it.
 
-A policy decides, the cache stores, the decoder knows only the cache.  All counts are `int()` of Python doubles of
-counts of the original prompt, as the paper's code computes them; all scores are float32.
+A policy is made of parts.  Each part answers a few questions; the cache asks them, stores what follows, and knows
+nothing else about the policy.  The decoder knows only the cache.
+
+- `VisionSelection`: which image entries a layer keeps after prefill, for all heads alike, and which of them are its
+  core.  A-VL, random eviction, key norms.
+- `TokenBudget`: how many entries each head may hold, and which it evicts, at prefill and at every decode step, of the
+  text alone or of everything.  H2O, StreamingLLM, SnapKV, PyramidKV.
+- `PromptFilter`: which image tokens are computed no further after some layer of the prefill.  FastV, PyramidDrop.
+- `InputFilter`: which image tokens enter the decoder at all.  DivPrune.
+
+Selections and budgets may differ from layer to layer: give a tuple with one part for each layer.
+
+Counts are known before the first layer runs, so that buffers have a fixed size: they may depend on the layer and on
+the prompt's numbers, never on what the attention looks like.  They are `int()` of Python doubles, relative to the
+original prompt, as in the code of A-VL's authors.  Scores are float32; the higher stays, ties go to the lower position.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
 
+Part = TypeVar("Part")
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """The counts of one sequence's prompt (in a later turn: of the turn's new tokens)."""
+    """The counts of one sequence's prompt; in a later turn, of that turn's new tokens."""
 
     length: int  # all tokens
     vision: int  # N: image tokens, newline embeddings included
 
 
+class VisionCounts(NamedTuple):
+    """How many of a prompt's image entries a layer keeps, and how many of those are its core."""
+
+    keep: int
+    core: int  # the cache takes at most what is kept
+
+
+class Entries:
+    """Some entries of a layer as a policy sees them.  Keys and values are copied out only when they are asked for.
+
+    At prefill the leading dimensions are [H_kv, n], n entries of one sequence in the order of the tokens; at a decode
+    step they are [B, H_kv, 1], the token of this step.
+    """
+
+    def __init__(self, positions: Tensor, keys: Tensor, values: Tensor, index: Tensor | None = None) -> None:
+        self.positions = positions  # int32 [..., n]: original positions
+        self._keys, self._values, self._index = keys, values, index
+
+    @property
+    def keys(self) -> Tensor:
+        """[..., n, D], rotated."""
+        return self._keys if self._index is None else self._keys[:, self._index]
+
+    @property
+    def values(self) -> Tensor:
+        """[..., n, D]."""
+        return self._values if self._index is None else self._values[:, self._index]
+
+
+class Candidates(Entries):
+    """The image entries of one sequence in one layer among which a selection or a filter chooses.
+
+    `attn` float32 [n] is the attention that each gets from the last queries of the prompt, the mean over all query
+    heads and over `Policy.window` queries.
+    """
+
+    def __init__(
+        self,
+        positions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        index: Tensor,
+        attn: Tensor,
+        count: int,
+        layer_idx: int,
+        sample: int,
+    ) -> None:
+        super().__init__(positions, keys, values, index)
+        self.attn = attn
+        self.count = count  # how many will stay
+        self.layer_idx = layer_idx
+        self.sample = sample  # the sequence's number, for anything that is drawn at random
+
+
 class VisionSelection(Protocol):
-    """Which vision entries a layer keeps after prefill, and which of those are its core."""
+    """Which image entries a layer keeps after prefill, and which of those are its core."""
 
-    interval: int  # decode steps from one re-selection of the core to the next; <= 0: the core is never used
+    @property
+    def interval(self) -> int:
+        """Decode steps from one choice of the core to the next; at 0 or less, and at 1, the core is never used."""
 
-    def keep(self, prompt: Prompt) -> int:
-        """How many of the prompt's vision entries stay in each layer."""
+    def counts(self, prompt: Prompt) -> VisionCounts:
+        """How many entries stay, and how many of them are the core.  Raises `UserError` if that is infeasible."""
 
-    def core(self, prompt: Prompt) -> int:
-        """How many of them take part in a step between two refreshes (the cache takes at most what is kept)."""
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Scores [n] by which entries stay."""
 
-    def scores(self, attention: Tensor, layer: int, sample: int) -> Tensor:
-        """Score [n] of n vision entries, from the attention [n] they get, averaged over query heads and scored rows."""
+    def core_scores(self, candidates: Candidates) -> Tensor:
+        """Scores [n] by which the first core is chosen; at a refresh it is always the attention of that step."""
 
 
 class TokenBudget(Protocol):
-    """Per-head eviction, at most one entry a decode step."""
+    """Eviction in each head by itself.
 
-    over: Literal["text", "all"]  # the entries it may evict
-    prompt_rows: Literal["over", "last", "none"]  # the prompt's queries that score: those of `over`, the last, none
+    To be subclassed: by default scores start at zero, and attention does not change them.
+    """
 
-    def limits(self, seen: int) -> tuple[int, int]:
-        """(entries that may stay, how many of them are the most recent and protected) once `seen` have been seen."""
+    over: ClassVar[Literal["text", "all"]]  # the entries it may evict
 
-    def start(self, positions: Tensor) -> Tensor:
-        """First scores of entries at original positions [H_kv, n] -> float32 [H_kv, n]."""
+    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
+        """How many entries may stay, and how many of those are protected for being the most recent.
 
-    def score_rows(self, scores: Tensor, rows: Tensor, own: Tensor) -> Tensor:
-        """Scores [H_kv, n] after a block of prompt queries.
-
-        rows [H_kv, R, n] is their attention, summed over each group's query heads, columns in the order of the
-        tokens; own [R] is each query's own column.
+        `prompt` counts the tokens (of those the budget is over) that the sequence had when the prefill of this turn
+        ended, earlier turns included; `answer` those of this turn's answer so far.  The first number must not fall
+        while `answer` grows, and a step evicts at most one entry.
         """
 
-    def score_step(self, scores: Tensor, row: Tensor, live: Tensor, new: Tensor) -> Tensor:
-        """Scores [B, H_kv, slots] after a decode step with attention `row` [B, H_kv, slots].
+    def prompt_queries(self) -> int | Literal["all"]:
+        """How many of the last prompt queries `score_prompt` wants; "all": those of every token the budget is over."""
+        return 0
 
-        live [B, 1, slots] marks the entries in question; new [B, H_kv, slots] this step's token, whose slot still
-        holds the score of what was there before.
+    def start(self, entries: Entries) -> Tensor:
+        """Scores [..., n] of entries that are new: those of a prompt, or the token of a step."""
+        return torch.zeros(entries.positions.shape, dtype=torch.float32, device=entries.positions.device)
+
+    def score_prompt(self, scores: Tensor, attn: Tensor, own: Tensor) -> Tensor:
+        """Scores [H_kv, n] after a block of R <= 128 prompt queries.
+
+        attn [H_kv, R, n] is their attention, summed over the query heads of each group; own [R] is each query's own
+        column.
         """
+        return scores
+
+    def score_step(self, scores: Tensor, attn: Tensor, live: Tensor, new: Tensor) -> Tensor:
+        """Scores [B, H_kv, slots] after a decode step whose attention is attn [B, H_kv, slots].
+
+        live [B, 1, slots] marks the slots that count; new [B, H_kv, slots] the token of this step.
+        """
+        return scores
 
 
 class PromptFilter(Protocol):
-    """Which vision tokens of a prompt are still computed behind an early layer, chosen by attention."""
+    """Which image tokens of a prompt are still computed after an early layer."""
 
-    layer: int  # the first layer that sees only the survivors, 1 ... number of layers
+    @property
+    def layer(self) -> int:
+        """The first layer that sees only the survivors, 1 ... number of layers."""
 
     def keep(self, prompt: Prompt) -> int:
-        """How many of the prompt's vision tokens go on."""
+        """How many of the prompt's image tokens go on.  Raises `UserError` if that is infeasible."""
+
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Scores [n] of the image tokens that are still there, from the layer before."""
+
+
+class InputFilter(Protocol):
+    """Which image tokens of a prompt enter the decoder."""
+
+    def keep(self, prompt: Prompt) -> int:
+        """How many do.  Raises `UserError` if that is infeasible."""
+
+    def scores(self, embeds: Tensor, count: int) -> Tensor:
+        """Scores [N] of the image tokens, from their embeddings [N, C]; `count` of them will go on."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A composition of parts; without any, the full cache."""
+    """A composition of parts; without any it is the full cache.
+
+    Raises `UserError` where parts exclude each other.
+    """
 
     name: str
-    vision: VisionSelection | None = None
-    budget: TokenBudget | None = None
-    filter: PromptFilter | None = None
-    window: int = 1  # last prompt rows whose mean attention scores vision at prefill
+    vision: VisionSelection | tuple[VisionSelection, ...] | None = None
+    budget: TokenBudget | tuple[TokenBudget, ...] | None = None
+    filters: tuple[PromptFilter, ...] = ()
+    inputs: InputFilter | None = None
+    window: int = 1  # last prompt queries whose mean attention scores image entries, at most 128
+
+    def __post_init__(self) -> None:
+        if self.whole_cache and (self.vision is not None or self.filters or self.inputs is not None):
+            raise UserError(f"policy {self.name!r}: a budget over all entries excludes parts that choose image entries")
+
+    @property
+    def whole_cache(self) -> bool:
+        """Whether the token budget is over all entries, image and text alike."""
+        budget = self.budget_at(0)
+        return budget is not None and budget.over == "all"
+
+    @property
+    def interval(self) -> int:
+        """Decode steps from one choice of the core to the next; 0 if nothing has a core."""
+        selection = self.vision_at(0)
+        return 0 if selection is None else max(selection.interval, 0)
+
+    def vision_at(self, layer_idx: int) -> VisionSelection | None:
+        return _at(self.vision, layer_idx)
+
+    def budget_at(self, layer_idx: int) -> TokenBudget | None:
+        return _at(self.budget, layer_idx)
+
+    def filter_after(self, layer_idx: int) -> PromptFilter | None:
+        """The filter that drops tokens once this layer has run."""
+        return next((part for part in self.filters if part.layer == layer_idx + 1), None)
+
+    def vision_tokens(self, prompt: Prompt, layer_idx: int) -> int:
+        """How many of the prompt's image tokens reach a layer."""
+        left = prompt.vision if self.inputs is None else min(self.inputs.keep(prompt), prompt.vision)
+        for part in self.filters:
+            if part.layer <= layer_idx:
+                left = min(part.keep(prompt), left)
+        return left
+
+    def check(self, prompt: Prompt, num_layers: int) -> None:
+        """Raise `UserError` if a part cannot do what it is asked with this prompt, or parts are missing for a layer."""
+        for parts in (self.vision, self.budget):
+            if isinstance(parts, tuple) and len(parts) != num_layers:
+                raise UserError(f"policy {self.name!r} has parts for {len(parts)} layers, the model has {num_layers}")
+        for layer_idx in range(num_layers):
+            selection = self.vision_at(layer_idx)
+            if selection is not None:
+                selection.counts(prompt)
+        self.vision_tokens(prompt, num_layers)
+
+
+def _at(part: Part | tuple[Part, ...] | None, layer_idx: int) -> Part | None:
+    """A layer's part, where one serves all layers or each has its own."""
+    return part[layer_idx] if isinstance(part, tuple) else part
 
 
 def vision_within(prompt: Prompt, entries: int, kv_budget: float) -> int:
-    """How many vision entries fit into `entries` beside all the others of the prompt.
+    """How many image entries fit into `entries` beside all the others of the prompt.
 
-    Raises `UserError` where already the others do not fit.
+    Raises `UserError` if the others alone do not fit.
     """
     others = prompt.length - prompt.vision
     if prompt.vision and entries < others:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAST = torch.iinfo(torch.int64).max  # a key behind which nothing is evicted
+LAST = torch.iinfo(torch.int64).max  # the key of what must not be evicted: no score gives a larger one
 _TOP = torch.iinfo(torch.int32).max
 
 

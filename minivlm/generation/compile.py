@@ -1,26 +1,30 @@
-"""torch.compile: a graph for each kind of decode step, reused for every token, prompt and turn; and the prefill's blocks.
+"""torch.compile: the decode step, one graph for each kind, reused for every token and prompt; the prefill's blocks.
 
 Everything that changes from step to step is a tensor, buffers come in buckets of slots, and a policy's kinds of steps
-are told apart by one string; so a graph is built once per kind, batch and bucket, and one that chooses the cores behind a refresh.  On CUDA the graphs are recorded
-(CUDA graphs), on a CPU inductor fuses the single-query attention into one pass over keys and values.
+are told apart by one string.  So a graph is built once for each kind, batch size and bucket, and one more chooses the
+cores after a refresh.  On CUDA the graphs are recorded (CUDA graphs); on a CPU inductor fuses the single-query
+attention into one pass over keys and values.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from minivlm.cache.buffers import reselect
+from minivlm.cache.buffers import LayerBuffers, choose_cores
 from minivlm.cache.kv_cache import KVCache
-from minivlm.generation.generate import decode_step, forward_step
+from minivlm.cache.state import StepKind
+from minivlm.generation.steps import DecodeStep, decode_step, forward_step
+from minivlm.model.llama import DecoderLayer
 from minivlm.model.llava import Llava
 
 # Graphs of one process: kinds of steps x policies x batch sizes x buckets. Past it torch would refuse to compile more.
@@ -41,7 +45,8 @@ def graph_limit() -> AbstractContextManager[None]:
 
 
 def compiled_blocks(model: Llava) -> Llava:
-    """The model, on the same parameters, with the vision tower's layers and what surrounds a prefill's attention compiled.
+    """The model, on the same parameters, with compiled blocks: the vision tower's layers, and what comes before and
+    after attention in the decoder's.
 
     All layers share a block's graph, which serves every length; what the cache does in between stays eager.  To be run
     under `graph_limit`, and not to be copied: a copy would run this one's blocks.
@@ -49,29 +54,36 @@ def compiled_blocks(model: Llava) -> Llava:
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for layer in twin.vision_tower.encoder.layers:
         layer.compile(dynamic=True, fullgraph=True)
-    for layer in twin.language_model.layers:
-        layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True)
-        layer.after = torch.compile(layer.after, dynamic=True, fullgraph=True)
+    for decoder_layer in twin.language_model.layers:
+        assert isinstance(decoder_layer, DecoderLayer)
+        for name in ("before", "after"):
+            compiled = torch.compile(getattr(decoder_layer, name), dynamic=True, fullgraph=True)
+            object.__setattr__(decoder_layer, name, compiled)
     return twin
 
 
-def compiled_decode_step(device: torch.device) -> Callable[[Llava, KVCache, str, Tensor, Tensor], Tensor]:
-    """`decode_step`, compiled at its first call; for caches made with `static=True`."""
-    cuda, marked = device.type == "cuda", None
-    how = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
-    # Apart: with the choice in the same graph, torch 2.11 writes wrong values into the last layer's buffer on a CPU.
-    forward, choose = torch.compile(forward_step, **how), torch.compile(reselect, **how)
+def compiled_decode_step(device: torch.device) -> DecodeStep:
+    """`decode_step` with its two parts compiled, each at its first call; for caches made with `static=True`."""
+    cuda = device.type == "cuda"
+    mode = "reduce-overhead" if cuda else None
+    step_graph = torch.compile(forward_step, fullgraph=True, dynamic=False, mode=mode)
+    cores_graph = torch.compile(choose_cores, fullgraph=True, dynamic=False, mode=mode)
+    marked: weakref.ref[LayerBuffers] | None = None  # the first layer whose buffers are marked
 
-    def run(model: Llava, cache: KVCache, kind: str, token: Tensor, stop: Tensor) -> Tensor:
+    def forward(model: Llava, cache: KVCache, kind: StepKind, token: Tensor, stop: Tensor) -> Tensor:
         nonlocal marked
         if cuda:
-            # Buffers move only between turns, or where a cache is loaded: the graphs may read and write them where they are.
+            # Buffers move only between turns, or where a cache is loaded: graphs may read and write them in place.
             if cache.steps == 0 or marked is None or marked() is not cache.layers[0]:
-                for buffer in cache.buffers():
-                    torch._dynamo.mark_static_address(buffer, guard=False)
+                for tensor in cache.tensors():
+                    torch._dynamo.mark_static_address(tensor, guard=False)
                 marked = weakref.ref(cache.layers[0])
             torch.compiler.cudagraph_mark_step_begin()
         with graph_limit():
-            return decode_step(model, cache, kind, token, stop, forward, choose)
+            return step_graph(model, cache, kind, token, stop)
 
-    return run
+    def choose(layers: Sequence[LayerBuffers], active: Tensor) -> None:
+        with graph_limit():
+            cores_graph(layers, active)
+
+    return functools.partial(decode_step, forward=forward, choose=choose)

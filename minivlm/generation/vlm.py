@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -16,64 +15,28 @@ from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.recorder import Observer
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
+from minivlm.generation.answers import Answer, ImageSource, Request, Stream, stats_of
 from minivlm.generation.compile import compiled_blocks, compiled_decode_step, graph_limit
-from minivlm.generation.generate import Generation, Sampling, decode_step
+from minivlm.generation.generate import Generation
+from minivlm.generation.sampling import Sampling
+from minivlm.generation.steps import DecodeStep, decode_step
 from minivlm.inputs.images import load_image
 from minivlm.inputs.processor import ModelInputs, Processor
 from minivlm.model.llava import Llava
-
-ImageSource = str | Path | Image.Image
-
-
-@dataclass(frozen=True)
-class Request:
-    """A question, not yet rendered, about images; `<image>` in the prompt says where they stand, else they come first."""
-
-    prompt: str
-    images: Sequence[ImageSource] = ()
-    sample: int = 0  # its number: with the seed it decides all that is random about it
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a turn of a batch took; times and bytes are the whole batch's."""
-
-    prefill_s: float  # images, vision tower, decoder and the first token
-    decode_s: float
-    decode_steps: int
-    prompt_tokens: int  # of this turn, image tokens included
-    vision_tokens: int
-    new_tokens: int
-    decoded_tokens: int  # new tokens that came from decode steps
-    live_bytes: int  # KV entries held after prefill
-    full_bytes: int  # what the full cache would hold then
-    nbytes: int  # allocated for the cache: entries, room for the answer, bookkeeping
-    live_entries: dict[str, int]  # after prefill by class, summed over sequences, layers and key/value heads
-    entries_attended_per_step: dict[str, float]  # by class, mean over steps, sequences and layers, per head
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens of all sequences per second of decoding; each one's first token comes from prefill and does not count."""
-        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    token_ids: list[int]  # an end-of-sequence id included
-    finish: str  # "stop", or "length": max_new_tokens or the end of the context
-    stats: Stats
 
 
 class VLM:
     """A model and, unless its folder has no tokenizer, the processor that feeds it.
 
-    With `compiled`, decode steps and the blocks of a prefill go through `torch.compile`: slow the first time, then faster.
+    With `compiled`, decode steps and the blocks of a prefill go through `torch.compile`: slow the first time, faster
+    from then on.
     """
 
     def __init__(self, model: Llava, processor: Processor | None = None, *, compiled: bool = False) -> None:
-        self.model, self._processor, self.compiled = compiled_blocks(model) if compiled else model, processor, compiled
-        self._step = compiled_decode_step(self.device) if compiled else decode_step
+        self.model = compiled_blocks(model) if compiled else model
+        self.compiled = compiled
+        self._processor = processor
+        self._step: DecodeStep = compiled_decode_step(self.device) if compiled else decode_step
         self.config = model.config
         self._spare: KVCache | None = None  # the last batch's buffers, for the next of the same kind
 
@@ -113,7 +76,7 @@ class VLM:
         stats = stats_of(generation)
         return [
             Answer(self.processor.decode(tokens), tokens, finish, stats)
-            for tokens, finish in zip(generation.tokens, generation.finish)
+            for tokens, finish in zip(generation.tokens, generation.finish, strict=True)
         ]
 
     def stream(
@@ -138,7 +101,9 @@ class VLM:
         if not requests:
             raise UserError("there is nothing to answer: the batch has no requests")
         images = [[load_image(source) for source in request.images] for request in requests]
-        prompts = [self.processor.question(request.prompt, len(group)) for request, group in zip(requests, images)]
+        prompts = [
+            self.processor.question(request.prompt, len(group)) for request, group in zip(requests, images, strict=True)
+        ]
         cache = self.new_cache(settings, [request.sample for request in requests])
         return self.generate(self.processor(prompts, images), cache, sampling, observer)
 
@@ -146,7 +111,7 @@ class VLM:
         """An empty cache for a batch, in the last batch's buffers where they are free and of the same kind."""
         policy = settings.build(self.config.text.num_hidden_layers)
         spare, self._spare = self._spare, None
-        if spare is not None and spare.policy == policy and len(spare.tracks) == len(samples):
+        if spare is not None and spare.policy == policy and len(spare.sequences) == len(samples):
             spare.reset(samples)
             return spare
         return KVCache(self.config.text, policy, samples, device=self.device, static=self.compiled)
@@ -160,7 +125,8 @@ class VLM:
         size, tiles = self.config.vision.image_size, 1 if self.config.is_next else 0
         if pixel_values.ndim != 4 + tiles or tuple(pixel_values.shape[-3:]) != (3, size, size):
             raise UserError(
-                f"pixel_values have shape {list(pixel_values.shape)} (expected [images, {'tiles, ' * tiles}3, {size}, {size}])"
+                f"pixel_values have shape {list(pixel_values.shape)} "
+                f"(expected [images, {'tiles, ' * tiles}3, {size}, {size}])"
             )
         if self.config.is_next and len(image_sizes) != len(pixel_values):
             raise UserError(f"image_sizes name {len(image_sizes)} images, pixel_values hold {len(pixel_values)}")
@@ -172,39 +138,12 @@ class VLM:
     ) -> Generation:
         """Prefill a batch of model inputs into `cache` as its next turn; iterate over the result for the tokens."""
         started = time.perf_counter()
-        rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths.tolist())]
+        rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths.tolist(), strict=True)]
         with graph_limit() if self.compiled else nullcontext():
             features = (
                 [] if inputs.pixel_values is None else self.image_features(inputs.pixel_values, inputs.image_sizes)
             )
             return Generation(self.model, cache, rows, features, sampling, observer, started, self._step)
-
-
-class Stream:
-    """The answer to one question: iterate over its text once, then read `.answer`.
-
-    Stopping early leaves the answer as far as it came.
-    """
-
-    def __init__(self, processor: Processor, generation: Generation) -> None:
-        self.processor, self.generation = processor, generation
-
-    def stop(self) -> None:
-        """End the answer after the token under way; what Ctrl-C should call."""
-        self.generation.stop()
-
-    def __iter__(self) -> Iterator[str]:
-        streamer = self.processor.streamer()
-        for (token,) in self.generation:
-            if piece := streamer.put(token):
-                yield piece
-        if piece := streamer.end():
-            yield piece
-
-    @property
-    def answer(self) -> Answer:
-        tokens = self.generation.tokens[0]
-        return Answer(self.processor.decode(tokens), tokens, self.generation.finish[0], stats_of(self.generation))
 
 
 class Conversation:
@@ -235,7 +174,7 @@ class Conversation:
             self.cache.reset([0])
         else:
             inputs = processor([processor.next_turn(self.messages, message)], [loaded], continues=True)
-            inputs = _behind(inputs, self._last.unfed(0))
+            inputs = _after_unfed(inputs, self._last.unfed(0))
             self._check_room(int(inputs.lengths[0]))
         last, self._last = self._last, None  # an interrupted prefill leaves the cache half changed,
         try:
@@ -258,36 +197,18 @@ class Conversation:
             self._last = None
 
     def _check_room(self, new: int) -> None:
-        held, limit = self.cache.tracks[0].seen + int(self.cache.fed[0]), self.vlm.config.text.context_length
-        if held + new > limit:
+        length = self.cache.sequences[0].length + int(self.cache.stored[0])
+        limit = self.vlm.config.text.context_length
+        if length + new > limit:
             raise UserError(
-                f"the conversation is {held} tokens long and this turn takes {new}, the model's context is {limit} "
+                f"the conversation is {length} tokens long and this turn takes {new}, the model's context is {limit} "
                 "(expected a shorter turn, or a new conversation)"
             )
 
 
-def _behind(inputs: ModelInputs, unfed: list[int]) -> ModelInputs:
-    """A turn's inputs with the last answer's unfed token in front, unless the template's end of a turn begins with it."""
+def _after_unfed(inputs: ModelInputs, unfed: list[int]) -> ModelInputs:
+    """A turn's inputs after the last answer's unfed token, unless the template's end of a turn begins with it."""
     if not unfed or inputs.input_ids[0, :1].tolist() == unfed:
         return inputs
     ids = torch.cat((torch.tensor([unfed]), inputs.input_ids), dim=1)
     return replace(inputs, input_ids=ids, lengths=inputs.lengths + len(unfed))
-
-
-def stats_of(generation: Generation) -> Stats:
-    """What a finished turn took."""
-    new = sum(len(tokens) for tokens in generation.tokens)
-    return Stats(
-        prefill_s=generation.prefill_s,
-        decode_s=generation.decode_s,
-        decode_steps=generation.cache.steps,
-        prompt_tokens=generation.prompt_tokens,
-        vision_tokens=generation.vision_tokens,
-        new_tokens=new,
-        decoded_tokens=new - len(generation.tokens),
-        live_bytes=generation.live_bytes,
-        full_bytes=generation.full_bytes,
-        nbytes=generation.cache.nbytes,
-        live_entries=generation.live_entries,
-        entries_attended_per_step=generation.cache.entries_attended(),
-    )

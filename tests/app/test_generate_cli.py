@@ -19,7 +19,8 @@ from cli_helpers import Ran, endless_model, generate, refused, start, write_page
 from minivlm import CacheSettings, Sampling
 from minivlm.app import generate_command
 from minivlm.app.report import describe_stats
-from minivlm.cache.settings import REGISTRY
+from minivlm.cache.policies import preset
+from minivlm.cache.policies import PRESETS
 
 FLAGS = {  # every flag of the script, with a value that is not its default
     "model": ("somewhere", "somewhere"), "device": ("cpu", "cpu"), "dtype": ("bfloat16", "bfloat16"), "seed": ("7", 7),
@@ -112,14 +113,12 @@ def timeless(text: str) -> list[str]:
     return [re.sub(r"[\d.]+ (ms|tokens/s)", r"- \1", line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("policy", REGISTRY)
+@pytest.mark.parametrize("policy", PRESETS)
 def test_stats(tmp_path, pages, policy):
     folder = tiny.write(tmp_path / "model", text_config={"num_hidden_layers": 4})
     flags = () if policy == "full" else ("--policy", policy)
     ran = generate("--model", folder, "--image", pages[0], "--prompt", "Why?", "--max_new_tokens", 9, "--stats", *flags)
-    answer = weights.load(folder, device="cpu").ask(
-        "Why?", [pages[0]], sampling=Sampling(9), settings=CacheSettings.preset(policy)
-    )
+    answer = weights.load(folder, device="cpu").ask("Why?", [pages[0]], sampling=Sampling(9), settings=preset(policy))
     assert ran.out == answer.text + "\n"
     assert timeless(ran.err) == timeless(describe_stats(answer.stats))
     share = float(re.search(r"([\d.]+)% of the full cache's", ran.err)[1])

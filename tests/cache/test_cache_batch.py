@@ -112,7 +112,7 @@ class Frozen:
         self.before = [[buffer[b].clone() for buffer in self.rows(cache)] for b in range(BATCH)]
         self.checked = 0
 
-    def stepped(self, cache, kind):
+    def stepped(self, cache):
         now = [[buffer[b].clone() for buffer in self.rows(cache)] for b in range(BATCH)]
         for b, (old, new) in enumerate(zip(self.before, now)):
             same = all(map(torch.equal, old, new))
@@ -123,8 +123,8 @@ class Frozen:
     @staticmethod
     def rows(cache):
         for layer in cache.layers:
-            yield from (buffer for buffer in layer.buffers() if buffer is not layer.bounds)
-        yield cache.fed
+            yield from (buffer for buffer in layer.tensors() if buffer is not layer._bounds)
+        yield cache.stored
 
 
 @pytest.mark.parametrize("how", DECODES)
@@ -155,7 +155,7 @@ def test_answers_that_end_at_different_times(name, how):
     for b in range(BATCH):
         alone = answer(range(b, b + 1), ends=True)
         assert (alone.tokens[0], alone.finish[0]) == (batch.tokens[b], batch.finish[b])
-        assert alone.cache.fed[0] == batch.cache.fed[b] == len(batch.tokens[b]) - 1
+        assert alone.cache.stored[0] == batch.cache.stored[b] == len(batch.tokens[b]) - 1
         assert alone.unfed(0) == batch.unfed(b) == batch.tokens[b][-1:]
     assert endless.finish == ["length"] * BATCH and {len(tokens) for tokens in endless.tokens} == {14}
 

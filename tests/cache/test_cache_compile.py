@@ -10,10 +10,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from avl_cases import tiny_model
-from minivlm.cache.buffers import reselect
+from minivlm.cache.buffers import choose_cores
 from minivlm.cache.kv_cache import KVCache
 from minivlm.generation.compile import compiled_blocks, compiled_decode_step
-from minivlm.generation.generate import decode_step, forward_step, prefill_step
+from minivlm.generation.steps import decode_step, forward_step, prefill_step
 from policies import DECODES, POLICIES, image_features, needs_compiler, prompt_ids
 
 MODEL = tiny_model(1, layers=2)
@@ -35,16 +35,15 @@ def answer(cache: KVCache, parts, step, steps: int = 7) -> tuple[torch.Tensor, s
     ids = [prompt_ids(MODEL, *counts, seed=i) for i, counts in enumerate(parts)]
     logits = [prefill_step(MODEL, cache, ids, [f for row in ids for f in image_features(MODEL, row)], steps + 1)]
     for i in range(steps):
-        kind, token = cache.kind, torch.tensor([10 + i, 2 if i == 4 else 30 + i])
-        logits.append(step(MODEL, cache, kind, token, torch.tensor([2])).clone())
-        cache.advance(kind)
-    return torch.stack(logits), set(cache.kinds)
+        token = torch.tensor([10 + i, 2 if i == 4 else 30 + i])
+        logits.append(step(MODEL, cache, token, torch.tensor([2])).clone())
+    return torch.stack(logits), set(cache.step_kinds)
 
 
 def counted_step(counter: CompileCounter) -> Callable:
     """A decode step in graphs that `counter` counts, split as the library splits it."""
     forward, choose = (
-        torch.compile(part, fullgraph=True, dynamic=False, backend=counter) for part in (forward_step, reselect)
+        torch.compile(part, fullgraph=True, dynamic=False, backend=counter) for part in (forward_step, choose_cores)
     )
     return partial(decode_step, forward=forward, choose=choose)
 

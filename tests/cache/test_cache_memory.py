@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from avl_cases import tiny_model
-from minivlm.cache.buffers import bucket
-from minivlm.cache.kv_cache import CLASSES, KVCache
-from minivlm.cache.prefill_pass import Prefill
+from minivlm.cache.accounting import ENTRY_CLASSES, entry_bytes, full_bytes, live_bytes, live_entries
+from minivlm.cache.kv_cache import KVCache
+from minivlm.cache.policies import preset
+from minivlm.cache.prefill_pass import PrefillPass
 from minivlm.cache.settings import CacheSettings
+from minivlm.cache.slots import bucket
 from minivlm.errors import UserError
-from minivlm.generation.generate import decode_step, prefill_step
+from minivlm.generation.steps import decode_step, prefill_step
 from policies import POLICIES, embed, image_features, prompt_ids
 
 NEVER = torch.zeros(0, dtype=torch.int64)
@@ -44,9 +46,7 @@ class MatrixWatch(TorchDispatchMode):
 @torch.no_grad()
 def decode(model, cache: KVCache, steps: int) -> None:
     for _ in range(steps):
-        kind = cache.kind
-        decode_step(model, cache, kind, torch.full((len(cache.tracks),), 5), NEVER)
-        cache.advance(kind)
+        decode_step(model, cache, torch.full((len(cache.sequences),), 5), NEVER)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -85,10 +85,10 @@ def test_the_watch_sees_attention_matrices(dtype):
 def promised(settings: CacheSettings, layer: int, system: int, vision: int, text: int, steps: int) -> dict[str, int]:
     """Entries a layer holds per head after `steps` decode steps, by the rates alone: the counts of the method's description."""
     length = system + vision + text
-    if settings.all_h2o or settings.policy == "streaming":
+    if settings.policy in ("h2o", "streaming"):
         kept = length
         for seen in range(length, length + steps + 1):
-            budget = int(seen * 0.5 * 0.25) + int(seen * 0.5 * 0.75) if settings.all_h2o else seen // 2
+            budget = int(seen * 0.5 * 0.25) + int(seen * 0.5 * 0.75) if settings.policy == "h2o" else seen // 2
             kept = min(kept + (seen > length), budget)
         return {"all": kept}
     kept = int((1 - settings.filter_rate) * vision) if settings.filter and layer >= settings.filter_layer else vision
@@ -116,17 +116,17 @@ def test_bytes_are_exactly_what_the_rates_promise(name, heads, dtype):
     prefill_step(model, cache, ids, [f for row in ids for f in image_features(model, row)], 10)
     for steps in range(10):
         entries = 0
-        for layer, held in enumerate(cache.live_entries()):
+        for layer, held in enumerate(live_entries(cache)):
             wanted: dict[str, int] = {}
             for counts in kinds:
                 for kind, count in promised(settings, layer, *counts, steps).items():
                     wanted[kind] = wanted.get(kind, 0) + count * heads[1]
             assert (held if "all" not in wanted else {"all": sum(held.values())}) == wanted, (steps, layer)
-            assert list(held) == list(CLASSES)
+            assert list(held) == list(ENTRY_CLASSES)
             entries += sum(wanted.values())
         one = 2 * 8 * dtype.itemsize  # a head's key and value
-        assert cache.live_bytes() == entries * one
-        assert cache.full_bytes() == 3 * heads[1] * one * sum(sum(counts) + steps for counts in kinds)
+        assert live_bytes(cache) == entries * one
+        assert full_bytes(cache) == 3 * heads[1] * one * sum(sum(counts) + steps for counts in kinds)
         if steps < 9:
             decode(model, cache, 1)
 
@@ -142,28 +142,32 @@ def test_allocated_bytes_are_the_documented_formula(name):
         scored = cache.policy.budget is not None
         total = 3 * 2 * bucket(new_tokens - 1) * 8  # the step tables
         for layer in cache.layers:
-            left, slots = layer.tail, layer.slots
+            left, slots = layer.layout.tail_start, layer.layout.slots
             total += 2 * (
                 slots * (2 * (2 * 8 * 4 + 4) + 4) + (4 * (slots - left) * 2 if scored else 0) + 4 * left + 8 * 2 + 24
             )
             total += 2 * 8 * layer.core_slots.shape[1] if cache.indexed else 0
-            room = max(row.capacity for row in layer.rows)
-            assert slots - max(row.fixed for row in layer.rows) - room <= 62  # slack
+            room = max(row.tail_capacity for row in layer.counts)
+            assert slots - max(row.fixed for row in layer.counts) - room <= 62  # slack
             # The answer grows text by at most a slot a step, and never beyond its budget and the newcomer.
-            assert all(row.tail <= row.capacity <= row.tail + new_tokens - 1 for row in layer.rows)
-        assert cache.nbytes == total == cache.tables.nbytes + sum(layer.nbytes for layer in cache.layers)
+            assert all(row.tail <= row.tail_capacity <= row.tail + new_tokens - 1 for row in layer.counts)
+        assert (
+            cache.nbytes
+            == total
+            == sum(table.nbytes for table in cache.tables) + sum(layer.nbytes for layer in cache.layers)
+        )
         tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-        assert sum(t.untyped_storage().nbytes() for t in (cache.tables, *tensors)) == total
+        assert sum(t.untyped_storage().nbytes() for t in (*cache.tables, *tensors)) == total
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.29, 0.1, 0.05])
 @pytest.mark.parametrize("name", ["avl", "avl and filter", "h2o", "fastv", "streaming", "random"])
 def test_a_share_of_the_bytes_is_kept_to(name, share):
     """At most the share of the prompt's KV bytes, and no more than an entry of rounding a layer below; or an error."""
-    preset = CacheSettings.preset(name.split()[0], kv_budget=share, filter=name in ("avl and filter", "fastv"))
+    settings = preset(name.split()[0], kv_budget=share, **({"filter": True} if name == "avl and filter" else {}))
     model = tiny_model(1, layers=4, heads=(4, 2))
     ids = [prompt_ids(model, 2, 111, 9), prompt_ids(model, 2, 60, 7)]
-    cache = KVCache(model.config.text, preset.build(4), (0, 1))
+    cache = KVCache(model.config.text, settings.build(4), (0, 1))
     features = [f for row in ids for f in image_features(model, row)]
     # What must stay in any case: text and system, and for fastv the two layers before its filter.
     least = {"fastv": 0.5 + 0.5 * 9 / 69, "h2o": 0.0, "streaming": 0.0}.get(name, 9 / 69)
@@ -172,14 +176,14 @@ def test_a_share_of_the_bytes_is_kept_to(name, share):
             prefill_step(model, cache, ids, features, 9)
         return
     prefill_step(model, cache, ids, features, 9)
-    per_layer = cache.entry_bytes() * 2  # an entry of each sequence
+    per_layer = entry_bytes(cache) * 2  # an entry of each sequence
     if name != "avl and filter":  # there the filter's own rate may save more
-        assert cache.live_bytes() > share * cache.full_bytes() - 4 * 2 * per_layer
-    assert cache.live_bytes() <= share * cache.full_bytes()
+        assert live_bytes(cache) > share * full_bytes(cache) - 4 * 2 * per_layer
+    assert live_bytes(cache) <= share * full_bytes(cache)
     if name in ("h2o", "streaming"):  # they keep to it all along
         for _ in range(8):
             decode(model, cache, 1)
-            assert cache.live_bytes() <= share * cache.full_bytes()
+            assert live_bytes(cache) <= share * full_bytes(cache)
 
 
 class EntryWatch(TorchDispatchMode):
@@ -226,7 +230,7 @@ def test_prefill_holds_the_compact_cache_and_one_layer(name, dtype, monkeypatch)
     model = tiny_model(0, layers=4, heads=(6, kv_heads), head_dim=dim, context=2048).to(dtype)
     ids = prompt_ids(model, 3, 2000, 9)
     cache = KVCache(model.config.text, POLICIES[name].build(4))
-    peaks, attend = [], Prefill.attend
+    peaks, attend = [], PrefillPass.attend
 
     def watched(self, layer, q, k, v):
         assert watch.now == sum(held.k.nbytes + held.v.nbytes for held in self.layers) + k.nbytes + v.nbytes
@@ -235,7 +239,7 @@ def test_prefill_holds_the_compact_cache_and_one_layer(name, dtype, monkeypatch)
         peaks.append(watch.peak - k.nbytes - v.nbytes)
         return out
 
-    monkeypatch.setattr(Prefill, "attend", watched)
+    monkeypatch.setattr(PrefillPass, "attend", watched)
     rows = embed(model, [ids])[0][None]
     with torch.no_grad(), EntryWatch(kv_heads, dim, least=3 * 128) as watch:
         model(rows, torch.arange(len(ids))[None], cache.prefill([ids == 47], 4)[0])

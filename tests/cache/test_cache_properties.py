@@ -10,12 +10,16 @@ import torch
 from avl_cases import Case, Turn, random_case, run, tiny_model
 from avl_reference import Settings
 from cache_helpers import Player, compare, play
-from minivlm.cache import attention, ranking
+from minivlm.cache import attention, buffers, decode_pass, prefill_pass, ranking
+from minivlm.cache.accounting import full_bytes, live_bytes, live_positions
 from minivlm.cache.kv_cache import KVCache
-from minivlm.cache.policies.avl import AdaptiveVision, TextBudget
+from minivlm.cache.policies import preset
+from minivlm.cache.policies.avl import AdaptiveVision, AVLSettings, TextBudget
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.generation.generate import Generation, Sampling, decode_step, prefill_step
+from minivlm.generation.generate import Generation
+from minivlm.generation.sampling import Sampling
+from minivlm.generation.steps import decode_step, prefill_step
 from policies import DECODES, POLICIES, embed, image_features, prompt_ids
 
 NEVER = torch.zeros(0, dtype=torch.int64)
@@ -33,9 +37,7 @@ def greedy(model, settings: CacheSettings, ids: torch.Tensor, steps: int, **opti
     cache = KVCache(model.config.text, settings.build(model.config.text.num_hidden_layers), **options)
     logits = [prefill_step(model, cache, [ids], image_features(model, ids), steps + 1)]
     for _ in range(steps):
-        kind = cache.kind
-        logits.append(decode_step(model, cache, kind, logits[-1].argmax(dim=-1), NEVER))
-        cache.advance(kind)
+        logits.append(decode_step(model, cache, logits[-1].argmax(dim=-1), NEVER))
     return torch.cat(logits), cache
 
 
@@ -56,18 +58,18 @@ def test_rates_of_zero_change_nothing(text, heads, monkeypatch):
 
     counted(AdaptiveVision, "scores", "vision")
     counted(TextBudget, "budget", "text")
-    zero = CacheSettings.preset(
+    zero = preset(
         "avl", vision_rate=0.0, vision_compute_rate=0.0, filter=True, filter_layer=1, filter_rate=0.0, text=True, text_rate=0.0,
         text_init_cache=0, **text,
     )  # fmt: skip
     model = tiny_model(1, heads=heads)
     ids = prompt_ids(model, 3, 30, 2, 11, 9)
-    full, _ = greedy(model, CacheSettings(), ids, 12)
+    full, _ = greedy(model, AVLSettings(), ids, 12)
     assert calls == {"vision": 0, "text": 0}
     ours, cache = greedy(model, zero, ids, 12)
     torch.testing.assert_close(ours, full, atol=1e-5, rtol=0)
     assert calls["vision"] == 3 and calls["text"] > 12
-    assert set(cache.kinds) == {"core", "refresh"} and cache.live_bytes() == cache.full_bytes()
+    assert set(cache.step_kinds) == {"core", "refresh"} and live_bytes(cache) == full_bytes(cache)
 
 
 @pytest.mark.parametrize("how", DECODES)
@@ -86,14 +88,14 @@ def test_dead_slots_are_never_read(block, how):
 def test_poison_shows_where_dead_slots_are_read(monkeypatch):
     """The test above can fail: an attention that weights dead values by zero gives NaN."""
 
-    def careless(q, k, v, live, want_row):
+    def careless(q, k, v, live, want_weights):
         weights = (q * k).sum(dim=-1).masked_fill(~live[:, None], -torch.inf).softmax(dim=-1)
         return (weights[..., None, :] @ v), None
 
     monkeypatch.setattr(attention, "decode_static", careless)
     model = tiny_model(0, heads=(4, 4))
     ids = [prompt_ids(model, 2, 9, 5)]
-    player = Player(model, CacheSettings().build(3), static=True, poison=True)
+    player = Player(model, AVLSettings().build(3), static=True, poison=True)
     player.turn(embed(model, ids), [ids[0] == 47], 4)
     player.step([5])
     assert player.logits[-1].isnan().any()
@@ -116,18 +118,18 @@ def test_all_decode_implementations_agree(block):
 def test_a_gathering_core_step_reads_the_core_alone(monkeypatch):
     read, decode_static = [], attention.decode_static
 
-    def watched(q, k, v, live, want_row):
+    def watched(q, k, v, live, want_weights):
         assert k.shape == v.shape and k.shape[2] == live.shape[1]
         read.append(k.shape[2])
-        return decode_static(q, k, v, live, want_row)
+        return decode_static(q, k, v, live, want_weights)
 
     monkeypatch.setattr(attention, "decode_static", watched)
     model = tiny_model(1)
     ids = prompt_ids(model, 3, 300, 9)
-    _, cache = greedy(model, CacheSettings.preset("avl"), ids, 3, **DECODES["gathering"])
-    held = cache.layers[0]
-    assert cache.kinds == ["core", "core", "refresh"] and held.rows[0].core == 90
-    assert read == 6 * [96 + held.slots - held.tail] + 3 * [held.slots] and 96 < held.tail == 160
+    _, cache = greedy(model, preset("avl"), ids, 3, **DECODES["gathering"])
+    counts, layout = cache.layers[0].counts, cache.layers[0].layout
+    assert cache.step_kinds == ["core", "core", "refresh"] and counts[0].core == 90
+    assert read == 6 * [96 + layout.slots - layout.tail_start] + 3 * [layout.slots] and 96 < layout.tail_start == 160
 
 
 @pytest.mark.parametrize("how", DECODES)
@@ -139,18 +141,17 @@ def test_what_is_outside_the_core_takes_no_part(how):
     token = torch.tensor([5, 6])
 
     def logits(garbage: bool) -> list[torch.Tensor]:
-        cache = KVCache(model.config.text, CacheSettings.preset("avl").build(3), (0, 1), **DECODES[how])
+        cache = KVCache(model.config.text, preset("avl").build(3), (0, 1), **DECODES[how])
         prefill_step(model, cache, ids, [f for row in ids for f in image_features(model, row)], 4)
         for held in cache.layers if garbage else ():
-            others = (held.takes_part == 0) & (torch.arange(held.slots) >= held.first)
-            assert others.sum(dim=1).tolist() == [row.vision - row.core for row in held.rows] != [0, 0]
+            others = (held.in_core == 0) & (torch.arange(held.layout.slots) >= held.vision_start)
+            assert others.sum(dim=1).tolist() == [row.vision - row.core for row in held.counts] != [0, 0]
             for buffer in (held.k, held.v):
                 buffer.transpose(1, 2)[others] = 1e3
         found = []
         for _ in range(3):
-            found.append(decode_step(model, cache, kind := cache.kind, token, NEVER))
-            cache.advance(kind)
-        assert cache.kinds == ["core", "core", "refresh"]
+            found.append(decode_step(model, cache, token, NEVER))
+        assert cache.step_kinds == ["core", "core", "refresh"]
         return found
 
     clean, dirty = logits(False), logits(True)
@@ -175,7 +176,7 @@ def test_conversations_with_images_in_later_turns(block):
 def test_a_conversation_without_pruning_is_one_long_prompt(heads, how):
     """Three turns with images in each: every logit is that of the whole conversation prefilled at once."""
     model, rng = tiny_model(5, heads=heads), random.Random(0)
-    player = Player(model, CacheSettings().build(3), **DECODES[how])
+    player = Player(model, AVLSettings().build(3), **DECODES[how])
     said, ends, unfed = [], [], NEVER
     for i, parts in enumerate([(4, 20, 140), (3, 9, 2, 12, 4), (2,)]):
         said.append(torch.cat((unfed, prompt_ids(model, *parts, seed=i))))
@@ -190,7 +191,7 @@ def test_a_conversation_without_pruning_is_one_long_prompt(heads, how):
     whole = torch.cat(said)
     # Each part's features are drawn for itself, as its turn drew them.
     rows = torch.cat([embed(model, [ids])[0] for ids in said])
-    (alone,) = KVCache(model.config.text, CacheSettings().build(3)).prefill([whole == 47], 1)
+    (alone,) = KVCache(model.config.text, AVLSettings().build(3)).prefill([whole == 47], 1)
     with torch.no_grad():
         logits = model.lm_head(model(rows[None], torch.arange(len(whole))[None], alone)[0])
     torch.testing.assert_close(torch.cat(player.logits), logits[ends], atol=1e-4, rtol=0)
@@ -208,7 +209,7 @@ def test_half_precision_decides_in_float32(dtype, name, monkeypatch):
 
         return choosing
 
-    for name_of, modules in (("order_key", (kv_cache, prefill_pass, ranking)), ("best_of", (buffers,))):
+    for name_of, modules in (("order_key", (decode_pass, prefill_pass, ranking)), ("best_of", (buffers,))):
         choosing = watched(getattr(ranking, name_of))
         for module in modules:
             monkeypatch.setattr(module, name_of, choosing)
@@ -220,7 +221,7 @@ def test_half_precision_decides_in_float32(dtype, name, monkeypatch):
         assert logits[how].dtype == cache.layers[0].k.dtype == cache.layers[0].v.dtype == dtype
         assert logits[how].isfinite().all()
         for held in cache.layers:
-            assert held.vision_row.dtype == torch.float32
+            assert held.vision_attn.dtype == torch.float32
             assert held.score is None or held.score.dtype == torch.float32
     assert set(seen) == (set() if name == "full" else {torch.float32})
     for how in DECODES:
@@ -236,16 +237,16 @@ def test_half_precision_keeps_what_float64_would(dtype, monkeypatch):
         given.append((q, k))
         return attend(self, layer, q, k, v)
 
-    attend = prefill_pass.Prefill.attend
-    monkeypatch.setattr(prefill_pass.Prefill, "attend", watched)
+    attend = prefill_pass.PrefillPass.attend
+    monkeypatch.setattr(prefill_pass.PrefillPass, "attend", watched)
     model = tiny_model(4, heads=(4, 2)).to(dtype)
     ids = prompt_ids(model, 3, 200, 9)
-    cache = KVCache(model.config.text, CacheSettings.preset("avl").build(3))
+    cache = KVCache(model.config.text, preset("avl").build(3))
     prefill_step(model, cache, [ids], image_features(model, ids), 4)
     for i, (q, k) in enumerate(given):
         keys = k[0].double().repeat_interleave(2, dim=0)  # [H, S, D]
         row = (keys @ q[0, :, -1:].double().transpose(1, 2) / k.shape[-1] ** 0.5).softmax(dim=1).mean(dim=0)[3:203, 0]
-        held = cache.live_positions(i, 0)[0].tolist()
+        held = live_positions(cache, i, 0)[0].tolist()
         assert set(held) - {0, 1, 2} - set(range(203, 212)) == {3 + n for n in row.topk(100).indices.tolist()}
 
 
@@ -284,10 +285,10 @@ def test_random_selection_depends_on_seed_sample_and_layer_alone():
     ids = prompt_ids(model, 3, 40, 9)
 
     def kept(samples, seed=0):
-        cache = KVCache(model.config.text, CacheSettings.preset("random", seed=seed).build(2), samples)
+        cache = KVCache(model.config.text, preset("random", seed=seed).build(2), samples)
         batch = [prompt_ids(model, 3, 40, 9 + i % 2, seed=i) for i in range(len(samples) - 1)] + [ids]
         prefill_step(model, cache, batch, [f for row in batch for f in image_features(model, row)], 4)
-        return [set(cache.live_positions(i, len(samples) - 1)[0].tolist()) for i in range(2)]
+        return [set(live_positions(cache, i, len(samples) - 1)[0].tolist()) for i in range(2)]
 
     one = kept([7])
     assert one == kept([7]) == kept([1, 2, 7])
@@ -307,7 +308,7 @@ def test_an_answer_ends_where_its_room_ends(name, how):
         cache = KVCache(model.config.text, POLICIES[name].build(3), **DECODES[how])
         generation = Generation(model, cache, [ids], image_features(model, ids), Sampling(asked, ignore_eos=True))
         assert len(list(generation)) == wanted and generation.finish == ["length"]
-        assert len(generation.tokens[0]) == wanted and cache.fed.tolist() == [wanted - 1]
+        assert len(generation.tokens[0]) == wanted and cache.stored.tolist() == [wanted - 1]
         assert generation.unfed(0) == generation.tokens[0][-1:]
 
 
@@ -315,13 +316,13 @@ def test_a_prompt_beyond_the_context_is_refused():
     model = tiny_model(3)
     ids = prompt_ids(model, 3, 480, 30)
     with pytest.raises(UserError, match="513 tokens, the model's context only 512"):
-        prefill_step(model, KVCache(model.config.text, CacheSettings().build(3)), [ids], image_features(model, ids), 4)
+        prefill_step(model, KVCache(model.config.text, AVLSettings().build(3)), [ids], image_features(model, ids), 4)
 
 
 def test_a_turn_that_is_refused_leaves_the_conversation_as_it_was():
     """Too long a turn, or one whose share is infeasible, changes nothing: the next one goes on."""
     model = tiny_model(3)
-    cache = KVCache(model.config.text, CacheSettings.preset("avl", kv_budget=0.5).build(3))
+    cache = KVCache(model.config.text, preset("avl", kv_budget=0.5).build(3))
     first, second = prompt_ids(model, 3, 60, 9), prompt_ids(model, 4, 60, 9, seed=1)
     prefill_step(model, cache, [first], image_features(model, first), 4)
     for parts, complaint in (((3, 20, 40), "infeasible"), ((3, 500, 9), "context")):
@@ -329,6 +330,6 @@ def test_a_turn_that_is_refused_leaves_the_conversation_as_it_was():
         with pytest.raises(UserError, match=complaint):
             prefill_step(model, cache, [ids], image_features(model, ids), 4)
     logits = prefill_step(model, cache, [second], image_features(model, second), 4)
-    again = KVCache(model.config.text, CacheSettings.preset("avl", kv_budget=0.5).build(3))
+    again = KVCache(model.config.text, preset("avl", kv_budget=0.5).build(3))
     prefill_step(model, again, [first], image_features(model, first), 4)
     assert torch.equal(logits, prefill_step(model, again, [second], image_features(model, second), 4))

@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 from avl_cases import tiny_model
 from minivlm.cache.kv_cache import KVCache
-from minivlm.generation.generate import forward_step, prefill_step
+from minivlm.generation.steps import forward_step, prefill_step
 from policies import DECODES, POLICIES, image_features, needs_compiler, prompt_ids
 
 
@@ -36,7 +36,7 @@ def test_a_token_is_written_in_place(name, how, kind):
     _, (code,) = run_and_get_code(step, model, cache, kind, torch.tensor([5]), torch.tensor([2]))
     if kind == "core" and how == "gathering":  # what is read by index is never stored
         batch, kv_heads, slots, dim = cache.layers[0].k.shape
-        read = cache.layers[0].core_slots.shape[1] + slots - cache.layers[0].tail
+        read = cache.layers[0].core_slots.shape[1] + slots - cache.layers[0].layout.tail_start
         assert read < slots and f"empty_strided_cpu(({batch}, {kv_heads}, 2, {read})" in code  # the weights
         assert f"{read}, {dim})" not in code
     for buffer in (cache.layers[0].k, cache.layers[0].position):

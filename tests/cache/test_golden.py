@@ -7,13 +7,14 @@ import torch
 
 from golden_helpers import TRACES, load_inputs, load_model, load_trace
 from minivlm.app.trace import expand, trace
+from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.settings import CacheSettings
 from minivlm.generation.vlm import VLM
 
 
 def settings_of(config: dict) -> CacheSettings:
     text = config["text"]
-    return CacheSettings(
+    return AVLSettings(
         vision=config["vision"], vision_rate=config["vision_rate"], vision_compute_rate=config["vision_compute_rate"],
         vision_interval=config["vision_interval"], filter=config["prefill_filter"], filter_layer=config["filter_layer"],
         filter_rate=config["filter_rate"], text=text is not None, text_rate=config["text_rate"],

@@ -14,7 +14,8 @@ from cache_helpers import Player
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser
 from minivlm.cache import settings
-from minivlm.cache.prefill_pass import Prefill
+from minivlm.cache.policies import PRESETS
+from minivlm.cache.prefill_pass import PrefillPass
 from paths import ROOT
 from policies import embed, prompt_ids
 
@@ -32,7 +33,7 @@ def tova(monkeypatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(file, "docs/policies.md", "exec"), vars(module))
     for name, preset in eval("{" + line + "}", {"Preset": settings.Preset, "tova": module}).items():
-        monkeypatch.setitem(settings.REGISTRY, name, preset)
+        monkeypatch.setitem(PRESETS, name, preset)
     return module
 
 
@@ -51,7 +52,7 @@ def play(static: bool, poison: bool = False) -> Player:
 
 
 def test_it_holds_what_the_last_row_attends_to_most(tova, monkeypatch):
-    given, evicted, attend, score_step = [], [], Prefill.attend, tova.Tova.score_step
+    given, evicted, attend, score_step = [], [], PrefillPass.attend, tova.Tova.score_step
 
     def attended(self, layer, q, k, v):
         given.append((q, k))
@@ -62,7 +63,7 @@ def test_it_holds_what_the_last_row_attends_to_most(tova, monkeypatch):
         evicted.append(weights.argmin(dim=1).tolist())
         return score_step(self, scores, row, live, new)
 
-    monkeypatch.setattr(Prefill, "attend", attended)
+    monkeypatch.setattr(PrefillPass, "attend", attended)
     monkeypatch.setattr(tova.Tova, "score_step", scored)
     player = Player(MODEL, policy_of("--policy tova --kv_budget 0.25"), batch=2)
     player.turn(embed(MODEL, IDS), [ids == 47 for ids in IDS], 12)
@@ -89,7 +90,7 @@ def test_it_has_all_that_a_policy_has(tova):
     for a, b, c in zip(plain.logits, static.logits, poisoned.logits):
         torch.testing.assert_close(b, a, atol=1e-4, rtol=0)
         assert torch.equal(a, c)
-    assert 0 < plain.cache.live_bytes() <= 0.25 * plain.cache.full_bytes()
+    assert 0 < plain.live_bytes(cache) <= 0.25 * plain.full_bytes(cache)
     assert policy_of("--policy tova").budget == tova.Tova(0.5)
     with pytest.raises(settings.UserError, match="--policy tova decides over text and vision alike"):
         policy_of("--policy tova --text_pruning_flag")

@@ -7,14 +7,15 @@ import torch
 
 from avl_cases import tiny_model
 from minivlm.cache.kv_cache import KVCache
-from minivlm.cache.settings import CacheSettings
-from minivlm.generation import generate
+from minivlm.cache.policies import preset
+from minivlm.cache.policies.avl import AVLSettings
+from minivlm.generation import steps
 
 MODEL = tiny_model(3)
 SETTINGS = {
-    "full": CacheSettings(),
-    "avl": CacheSettings.preset("avl", text=True, text_init_cache=4, filter=True, filter_layer=1),
-    "h2o": CacheSettings.preset("h2o"),
+    "full": AVLSettings(),
+    "avl": preset("avl", text=True, text_init_cache=4, filter=True, filter_layer=1),
+    "h2o": preset("h2o"),
 }
 
 
@@ -27,16 +28,12 @@ def test_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def play() -> list[torch.Tensor]:
         cache = KVCache(MODEL.config.text, SETTINGS[name].build(3), range(len(ids)))
-        logits = [generate.prefill_step(MODEL, cache, ids, features, 6)]
+        logits = [steps.prefill_step(MODEL, cache, ids, features, 6)]
         for _ in range(5):
-            kind = cache.kind
-            logits.append(
-                generate.decode_step(MODEL, cache, kind, logits[-1].argmax(dim=-1), torch.empty(0, dtype=torch.int64))
-            )
-            cache.advance(kind)
+            logits.append(steps.decode_step(MODEL, cache, logits[-1].argmax(dim=-1), torch.empty(0, dtype=torch.int64)))
         return logits
 
     whole = play()
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", 90)  # two of the longest rows at once
+    monkeypatch.setattr(steps, "PREFILL_TOKENS", 90)  # two of the longest rows at once
     for ours, expected in zip(play(), whole):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
 from minivlm.app.cli import Parser
 from minivlm.app.policy_flags import add_arguments, from_args
-from minivlm.cache.policies.avl import AdaptiveFilter, AdaptiveVision, TextDirect, TextH2O, TextHistory
+from minivlm.cache.policies import PRESETS, preset
+from minivlm.cache.policies.avl import AdaptiveFilter, AdaptiveVision, AVLSettings, TextDirect, TextH2O, TextHistory
 from minivlm.cache.policies.h2o import WholeCacheH2O
 from minivlm.cache.policies.random_vision import RandomVision
-from minivlm.cache.policies.streaming import Streaming
+from minivlm.cache.policies.streaming import Streaming, StreamingSettings
 from minivlm.cache.policy import Policy
-from minivlm.cache.settings import REGISTRY, CacheSettings
+from minivlm.cache.settings import CacheSettings, flag_names
 from minivlm.errors import UserError
 
 # Every flag of the A-VL authors' code, with its default there.
@@ -33,9 +34,9 @@ def parse(line: str, seed: int = 0) -> CacheSettings:
 
 
 def test_flags_and_defaults_are_the_originals():
-    flags = {f.metadata["flag"]: f.default for f in fields(CacheSettings) if "flag" in f.metadata}
-    assert flags == {**ORIGINAL, **BEYOND}
-    assert parse("") == CacheSettings() == CacheSettings(policy="full")
+    defaults = {flag: getattr(AVLSettings(), name) for name, flag in flag_names(AVLSettings).items()}
+    assert defaults == {**ORIGINAL, **BEYOND}
+    assert parse("") == AVLSettings() == preset("full")
 
 
 @pytest.mark.parametrize("flag", [*ORIGINAL, *BEYOND])
@@ -45,12 +46,13 @@ def test_both_spellings_mean_the_same(flag):
     lines = [f"--{spelling}{sep}{value}" for spelling in (flag, flag.replace("_", "-")) for sep in (" ", "=")]
     first, *others = map(parse, lines)
     assert all(settings == first for settings in others)
-    assert [f.metadata["flag"] for f in fields(first) if getattr(first, f.name) != f.default] == [flag]
+    changed = [name for name in flag_names(AVLSettings) if getattr(first, name) != getattr(AVLSettings(), name)]
+    assert [flag_names(AVLSettings)[name] for name in changed] == [flag]
 
 
 @pytest.mark.parametrize("flag", [name for name, default in ORIGINAL.items() if isinstance(default, bool)])
 def test_a_boolean_stands_alone_or_takes_a_word(flag):
-    name = next(f.name for f in fields(CacheSettings) if f.metadata.get("flag") == flag)
+    name = next(name for name, its_flag in flag_names(AVLSettings).items() if its_flag == flag)
     needed = "" if flag != "compare_text_direct_pruning" else "--text_use_h2o no "
     for words, value in (
         ("", True),
@@ -68,13 +70,13 @@ def test_a_boolean_stands_alone_or_takes_a_word(flag):
 
 
 def test_presets_and_what_overrides_them():
-    assert parse("--policy avl") == CacheSettings(
+    assert parse("--policy avl") == AVLSettings(
         policy="avl", vision=True, vision_rate=0.5, vision_compute_rate=0.7, vision_interval=3
     )
-    assert parse("--policy fastv") == CacheSettings(policy="fastv", filter=True, filter_layer=2, filter_rate=0.5)
-    assert parse("--policy h2o") == CacheSettings(policy="h2o", all_h2o=True)
-    assert parse("--policy avl --vision_adaptive_attention_rate 0.75") == CacheSettings.preset("avl", vision_rate=0.75)
-    assert parse("--vision-adaptive-attention-rate=0.75 --policy avl") == CacheSettings.preset("avl", vision_rate=0.75)
+    assert parse("--policy fastv") == AVLSettings(policy="fastv", filter=True, filter_layer=2, filter_rate=0.5)
+    assert parse("--policy h2o") == AVLSettings(policy="h2o", all_h2o=True)
+    assert parse("--policy avl --vision_adaptive_attention_rate 0.75") == preset("avl", vision_rate=0.75)
+    assert parse("--vision-adaptive-attention-rate=0.75 --policy avl") == preset("avl", vision_rate=0.75)
     assert parse("--policy avl --vision_adaptive_attention false --text_pruning_flag").build(4) == Policy(
         "avl", budget=TextH2O(0.5, 20, 0.7)
     )
@@ -86,42 +88,42 @@ def test_settings_become_the_parts_of_a_policy():
         "full": Policy("full"),
         "avl": Policy("avl", vision=AdaptiveVision(0.5, 0.7, 3)),
         "h2o": Policy("h2o", budget=WholeCacheH2O(0.5)),
-        "fastv": Policy("fastv", filter=AdaptiveFilter(2, 0.5, 4)),
+        "fastv": Policy("fastv", filters=(AdaptiveFilter(2, 0.5, 4),)),
         "streaming": Policy("streaming", budget=Streaming(0.5)),
         "random": Policy("random", vision=RandomVision(0.5, 0.6, -1, seed=3)),
     }
-    assert {name: CacheSettings.preset(name, seed=3).build(4) for name in expected} == expected
-    text = CacheSettings(text=True, text_rate=0.3, text_init_cache=4, text_hh_rate=0.2)
+    assert {name: preset(name, seed=3).build(4) for name in expected} == expected
+    text = AVLSettings(text=True, text_rate=0.3, text_init_cache=4, text_hh_rate=0.2)
     assert text.build(4).budget == TextH2O(0.3, 4, 0.2)
     assert replace(text, text_h2o=False).build(4).budget == TextHistory(0.3, 4)
     assert replace(text, text_h2o=False, text_direct=True).build(4).budget == TextDirect(0.3, 4)
-    everything = CacheSettings.preset("avl", text=True, filter=True, filter_layer=4, score_window=16).build(4)
+    everything = preset("avl", text=True, filter=True, filter_layer=4, score_window=16).build(4)
     assert everything == Policy(
-        "avl", AdaptiveVision(0.5, 0.7, 3), TextH2O(0.5, 20, 0.7), AdaptiveFilter(4, 0.5, 4), window=16
+        "avl", AdaptiveVision(0.5, 0.7, 3), TextH2O(0.5, 20, 0.7), filters=(AdaptiveFilter(4, 0.5, 4),), window=16
     )
 
 
-@pytest.mark.parametrize("name", [name for name in REGISTRY if name != "full"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "full"])
 def test_a_share_sets_the_rate_of_every_policy(name):
-    policy = CacheSettings.preset(name, kv_budget=0.125).build(4)
-    part = policy.vision or policy.budget or policy.filter
+    policy = preset(name, kv_budget=0.125).build(4)
+    part = policy.vision or policy.budget or policy.filters[0]
     assert 0.125 in (getattr(part, "kv_budget", None), getattr(part, "share", None))
 
 
 REFUSED = {
     "--policy turbo": "--policy 'turbo' is unknown (expected full, avl, h2o, fastv, streaming, random",
-    "--all_use_h2o --vision_adaptive_attention": "--all_use_h2o decides over text and vision alike and excludes --vision_adaptive_attention",
-    "--all_use_h2o --text_pruning_flag": "--all_use_h2o decides over text and vision alike and excludes --text_pruning_flag",
-    "--all_use_h2o --prefill_filter_flag": "--all_use_h2o decides over text and vision alike and excludes --prefill_filter_flag",
-    "--policy h2o --prefill_filter_flag": "--all_use_h2o decides over text and vision alike and excludes --prefill_filter_flag",
-    "--policy streaming --text_pruning_flag": "--policy streaming decides over text and vision alike and excludes --text_pruning_flag",
-    "--policy streaming --all_use_h2o": "--all_use_h2o excludes --policy streaming: both decide over the whole cache",
+    "--all_use_h2o --vision_adaptive_attention": "--all_use_h2o decides over text and image alike and excludes --vision_adaptive_attention",
+    "--all_use_h2o --text_pruning_flag": "--all_use_h2o decides over text and image alike and excludes --text_pruning_flag",
+    "--all_use_h2o --prefill_filter_flag": "--all_use_h2o decides over text and image alike and excludes --prefill_filter_flag",
+    "--policy h2o --prefill_filter_flag": "--all_use_h2o decides over text and image alike and excludes --prefill_filter_flag",
+    "--policy streaming --text_pruning_flag": "--text_pruning_flag is not a setting of --policy streaming (expected --kv_budget)",
+    "--policy streaming --all_use_h2o": "--all_use_h2o is not a setting of --policy streaming (expected --kv_budget)",
     "--policy random --vision_adaptive_attention false": "--policy random without --vision_adaptive_attention has nothing to choose",
     "--text_pruning_flag --compare_text_direct_pruning": "--compare_text_direct_pruning needs --text_use_h2o false",
     "--prefill_filter_layer 0": "--prefill_filter_layer is 0 (expected at least 1)",
     "--text_init_cache -1": "--text_init_cache is -1 (expected at least 0)",
     "--vision_score_window 0": "--vision_score_window is 0 (expected at least 1)",
-    "--vision_score_window 129": "--vision_score_window is 129 (expected at most 128 rows)",
+    "--vision_score_window 129": "--vision_score_window is 129 (expected at most 128 queries)",
     "--policy avl --kv_budget 0": "--kv_budget is 0 (expected a share above 0, up to 1)",
     "--policy avl --kv_budget 1.01": "--kv_budget is 1.01 (expected a share above 0, up to 1)",
     "--policy avl --kv_budget nan": "--kv_budget is nan (expected a share above 0, up to 1)",
@@ -144,15 +146,15 @@ def test_one_clear_line_says_what_is_refused(line):
 
 
 def test_the_filter_lies_inside_the_model():
-    settings = CacheSettings(filter=True, filter_layer=5)
-    assert settings.build(5).filter.layer == 5
+    settings = AVLSettings(filter=True, filter_layer=5)
+    assert settings.build(5).filters[0].layer == 5
     with pytest.raises(UserError, match="--prefill_filter_layer is 5, the model has 4 layers"):
         settings.build(4)
 
 
 def test_extreme_rates_are_legal():
     for rate in (0.0, 1.0):
-        CacheSettings(
+        AVLSettings(
             vision=True,
             vision_rate=rate,
             vision_compute_rate=rate,
@@ -166,7 +168,7 @@ def test_extreme_rates_are_legal():
 
 def test_notes_on_what_is_legal_but_may_surprise():
     nothing = "policy 'full' saves no bytes"
-    assert CacheSettings().notes() == [nothing]
+    assert AVLSettings().notes() == [nothing]
     assert parse("--text_pruning_interval 4").notes() == [
         "--text_pruning_interval has no effect: the text budget is applied at every step",
         nothing,
@@ -177,7 +179,7 @@ def test_notes_on_what_is_legal_but_may_surprise():
         parse("--vision_adaptive_attention --vision_adaptive_attention_compute_rate 0.5").notes() == []
     )  # no interval, no core
     assert parse("--policy avl --vision_adaptive_attention no").notes() == ["policy 'avl' saves no bytes"]
-    assert all(not CacheSettings.preset(name).notes() for name in REGISTRY if name != "full")
+    assert all(not preset(name).notes() for name in PRESETS if name != "full")
     text_alone = "--kv_budget has no effect on a prompt without images: it is kept by evicting image entries"
     assert parse("--policy avl --kv_budget 0.5").notes(images=False) == [text_alone]
     assert not parse("--policy avl --kv_budget 0.5").notes() and not parse("--policy h2o --kv_budget 0.5").notes(
@@ -186,5 +188,6 @@ def test_notes_on_what_is_legal_but_may_surprise():
 
 
 def test_settings_read_back_from_what_is_stored():
-    settings = CacheSettings.preset("avl", vision_rate=0.25, kv_budget=0.5, seed=4)
-    assert CacheSettings(**settings.to_dict()) == settings
+    settings = preset("avl", vision_rate=0.25, kv_budget=0.5, seed=4)
+    assert AVLSettings(**settings.to_dict()) == settings
+    assert StreamingSettings(**preset("streaming", kv_budget=0.25).to_dict()) == preset("streaming", kv_budget=0.25)

@@ -13,17 +13,19 @@ import tiny
 import weights
 from cli_helpers import write_pages
 from minivlm import VLM, Answer, CacheSettings, Request, Sampling, UserError
-from minivlm.generation.generate import Generation, choose
+from minivlm.cache.policies import preset
+from minivlm.generation.generate import Generation
+from minivlm.generation.sampling import choose_token
 from minivlm.inputs.processor import ModelInputs
 from policies import needs_compiler
 
 QUESTION = "What is this?"
-AVL = CacheSettings.preset("avl", text=True, text_init_cache=4)
+AVL = preset("avl", text=True, text_init_cache=4)
 SETTINGS = {
     "full": CacheSettings(),
     "avl": AVL,
-    "h2o": CacheSettings.preset("h2o"),
-    "fastv": CacheSettings.preset("fastv"),
+    "h2o": preset("h2o"),
+    "fastv": preset("fastv"),
 }
 
 
@@ -166,7 +168,7 @@ def test_what_cannot_be_asked(vlm, pages, tmp_path):
         (lambda: vlm.ask("long " * 3000), "the model's context is 2048"),
         (lambda: vlm.ask("\udcff"), "not valid Unicode"),
         (lambda: vlm.ask(QUESTION, [tmp_path / "none.png"]), "none.png: no such file"),
-        (lambda: vlm.ask(QUESTION, settings=CacheSettings.preset("fastv", filter_layer=4)), "the model has 3 layers"),
+        (lambda: vlm.ask(QUESTION, settings=preset("fastv", filter_layer=4)), "the model has 3 layers"),
         (lambda: vlm.image_features(torch.zeros(1, 3, 56, 56), [(56, 56)]), "pixel_values have shape [1, 3, 56, 56]"),
     ):
         with pytest.raises(UserError, match=text.replace("[", r"\[")):
@@ -186,7 +188,7 @@ def test_sampling_draws_from_the_distribution():
         (Sampling(temperature=1.0, top_p=0.7), torch.tensor([2.0, 1.0]).softmax(-1)),
     ):
         generator, count = torch.Generator().manual_seed(3), 4000
-        drawn = choose(logits.expand(count, -1), sampling, [generator] * count).bincount(minlength=4) / count
+        drawn = choose_token(logits.expand(count, -1), sampling, [generator] * count).bincount(minlength=4) / count
         torch.testing.assert_close(drawn[: len(expected)], expected, atol=0.03, rtol=0)
         assert drawn[len(expected) :].sum() == 0
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from avl_cases import Budget, Case
 from avl_reference import Reference, Settings
+from minivlm.cache.accounting import core_positions, live_positions
 from minivlm.cache.kv_cache import KVCache
+from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.policies.streaming import Streaming
 from minivlm.cache.policy import Policy
-from minivlm.cache.settings import CacheSettings
-from minivlm.generation.generate import decode_step
+from minivlm.generation.steps import decode_step, prefill_logits
 from minivlm.model.llava import Llava
 
 
@@ -24,17 +25,17 @@ class StreamingWithin(Streaming):
     """Streaming under any budget of the number of tokens seen."""
 
     columns: Budget
-    prompt_rows: ClassVar = "none"
 
-    def limits(self, seen: int) -> tuple[int, int]:
-        return self.columns(seen), max(self.columns(seen) - 4, 0)
+    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
+        columns = self.columns(prompt + answer)
+        return columns, max(columns - 4, 0)
 
 
 def policy_of(s: Settings, num_layers: int) -> Policy:
     """The policy that the re-statement's settings describe."""
     if s.streaming is not None:
         return Policy("streaming", budget=StreamingWithin(0.0, s.streaming))
-    settings = CacheSettings(
+    settings = AVLSettings(
         vision=s.vision, vision_rate=s.vision_rate, vision_compute_rate=s.vision_compute_rate, vision_interval=s.vision_interval,
         filter=s.prefill_filter, filter_layer=s.filter_layer, filter_rate=s.filter_rate,
         text=s.text is not None, text_rate=s.text_rate, text_init_cache=s.text_init_cache, text_hh_rate=s.text_hh_rate,
@@ -60,48 +61,44 @@ class Player:
         """One prefill of ragged embeddings [S_b, C]."""
         if self.poison and self.logits:
             self._poison()
-        (run,) = self.cache.prefill(is_vision, max_new_tokens)
-        positions = [torch.arange(len(e)) + turn.start for e, turn in zip(embeds, run.turns)]
-        pad = torch.nn.utils.rnn.pad_sequence
-        hidden = self.model(pad(list(embeds), batch_first=True), pad(positions, batch_first=True), run)
-        last = hidden[torch.arange(len(embeds)), torch.tensor(run.lengths) - 1]
-        self._record(self.model.lm_head(last), chose=any(t.vision for t in self.cache.tracks))
+        (prefill,) = self.cache.prefill(is_vision, max_new_tokens)
+        logits = prefill_logits(self.model, prefill, pad_sequence(list(embeds), batch_first=True))
+        self._record(logits, chose=any(sequence.vision_positions for sequence in self.cache.sequences))
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> None:
         if self.poison:
             self._poison()
-        kind = self.cache.kind
-        logits = decode_step(self.model, self.cache, kind, torch.tensor(tokens), stop=torch.zeros(0, dtype=torch.int64))
-        self.cache.advance(kind)
-        self._record(logits, chose=kind == "refresh")
+        logits = decode_step(self.model, self.cache, torch.tensor(tokens), stop=torch.zeros(0, dtype=torch.int64))
+        self._record(logits, chose=self.cache.step_kinds[-1] == "refresh")
 
     def _record(self, logits: Tensor, chose: bool) -> None:
         self.logits.append(logits)
-        self.seen.append((self.cache.base + self.cache.fed).tolist())
-        batch, layers = len(self.cache.tracks), range(len(self.cache.layers))
+        self.seen.append((self.cache.answer_start + self.cache.stored).tolist())
+        batch, layers = len(self.cache.sequences), range(len(self.cache.layers))
         self.held.append(
-            [[[set(h) for h in self.cache.live_positions(i, b).tolist()] for i in layers] for b in range(batch)]
+            [[[set(h) for h in live_positions(self.cache, i, b).tolist()] for i in layers] for b in range(batch)]
         )
         if chose and self.cache.policy.vision is not None:
             self.cores.append(
                 (
                     len(self.logits) - 1,
-                    [[set(self.cache.core_positions(i, b).tolist()) for i in layers] for b in range(batch)],
+                    [[set(core_positions(self.cache, i, b).tolist()) for i in layers] for b in range(batch)],
                 )
             )
 
     def _poison(self) -> None:
         """NaN into every slot that is not live: keys, values and scores."""
-        for i, layer in enumerate(self.cache.layers):
-            for b in range(len(self.cache.tracks)):
-                stored = int(self.cache.fed[b])
-                live = layer.live_slots(b, self.cache.tracks[b].tail[stored])
-                dead = torch.ones(layer.k.shape[1:3], dtype=torch.bool).scatter(1, live, False)
-                layer.k[b][dead] = layer.v[b][dead] = torch.nan
-                if layer.score is not None:
-                    layer.score[b][dead[:, layer.tail :]] = torch.nan
-                layer.vision_row[b][dead[0, : layer.tail]] = torch.nan
+        for layer_idx, buffers in enumerate(self.cache.layers):
+            layout = buffers.layout
+            for row, counts in enumerate(buffers.counts):
+                tail = self.cache.tail_length(layer_idx, row, int(self.cache.stored[row]))
+                live = layout.live(counts, tail, buffers.write_slot[row])
+                dead = torch.ones(buffers.k.shape[1:3], dtype=torch.bool).scatter(1, live, False)
+                buffers.k[row][dead] = buffers.v[row][dead] = torch.nan
+                if buffers.score is not None:
+                    buffers.score[row][dead[:, layout.tail_start :]] = torch.nan
+                buffers.vision_attn[row][dead[0, : layout.tail_start]] = torch.nan
 
 
 def play(case: Case, tokens: Sequence[Sequence[int]], **options) -> Player:

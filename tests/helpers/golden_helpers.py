@@ -1,4 +1,4 @@
-"""Loading the golden traces and their models (golden/README.md says what they are)."""
+"""Load the golden traces and their models. tests/golden/README.md says what they are."""
 
 from __future__ import annotations
 
@@ -19,37 +19,44 @@ _PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("vision_tower.vision_model.", "vision_tower."),
 )
+_UNUSED = ("vision_tower.post_layernorm.", "vision_tower.encoder.layers.")
 
 
 def load_model(name: str) -> Llava:
-    """The golden model in float32; tower weights behind the feature layer are left out."""
+    """The golden model, in float32."""
     folder = GOLDEN / name / "model"
     model = Llava(VLMConfig.from_dict(json.loads((folder / "config.json").read_text())))
-    renamed = {}
-    for key, tensor in load_file(folder / "model.safetensors").items():
-        old, new = next(((old, new) for old, new in _PREFIXES if key.startswith(old)), ("", ""))
-        renamed[new + key.removeprefix(old)] = tensor
-    wanted = model.state_dict().keys()
-    unused = {
-        key for key in renamed if key.startswith(("vision_tower.post_layernorm.", "vision_tower.encoder.layers."))
-    } - wanted
-    model.load_state_dict({key: tensor for key, tensor in renamed.items() if key not in unused})
+    expected = model.state_dict().keys()
+    tensors = {_our_name(key): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+    # The file also has the parts of the tower that come after the feature layer, which our tower does not build.
+    skipped = {key for key in tensors.keys() - expected if key.startswith(_UNUSED)}
+    model.load_state_dict({key: tensor for key, tensor in tensors.items() if key not in skipped})
     return model.eval()
 
 
+def _our_name(key: str) -> str:
+    for theirs, ours in _PREFIXES:
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
+
+
 def load_inputs(name: str) -> dict[str, Tensor]:
-    """The model's one prompt: input_ids (one token per image), pixel_values, image_sizes, inputs_embeds [L, C]."""
+    """The model's only prompt: input_ids [1, S], pixel_values, image_sizes and inputs_embeds [L, C].
+
+    The ids have one token for the image; L is the length with the image's features in its place.
+    """
     return load_file(GOLDEN / name / "input.safetensors")
 
 
 def expand_ids(model: Llava, inputs: dict[str, Tensor]) -> Tensor:
-    """input_ids [L] with the one image token repeated to fill the merged length."""
-    ids, image = inputs["input_ids"][0], model.config.image_token_index
-    times = torch.where(ids == image, len(inputs["inputs_embeds"]) - len(ids) + 1, 1)
-    return ids.repeat_interleave(times)
+    """The ids [L] of the prompt, its only image token repeated once per image feature."""
+    ids = inputs["input_ids"][0]
+    image_features = len(inputs["inputs_embeds"]) - len(ids) + 1
+    return ids.repeat_interleave(torch.where(ids == model.config.image_token_index, image_features, 1))
 
 
 def load_trace(model: str, config: str) -> tuple[dict[str, Tensor], dict]:
-    """One trace: its tensors and its metadata."""
+    """The tensors and the metadata of one trace."""
     path = GOLDEN / model / "golden" / config
     return load_file(path.with_suffix(".safetensors")), json.loads(path.with_suffix(".json").read_text())

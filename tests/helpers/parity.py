@@ -1,12 +1,11 @@
-"""The same computation twice: by this library and by transformers, on one random checkpoint.
+"""The same computation by this library (`ours`) and by transformers (`reference`), on one random checkpoint.
 
-Both return the same named tensors, from the tower to 32 greedy tokens.  `python tests/parity.py` freezes the
-reference's answers, thinned out, in tests/golden/parity, so that they hold where transformers is not installed.
+Both return the same named tensors, from the vision tower to 32 greedy tokens. `python tests/helpers/parity.py` stores a
+sample of the reference's values in tests/golden/parity, so that they are compared even where transformers is missing.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,61 +26,70 @@ from minivlm.model.llava import Llava
 
 GOLDEN = paths.GOLDEN / "parity"
 STEPS = 32
-# name -> sizes (height, width) of the images; their best resolutions, tile counts and unpadding all differ
-CASES = {"one image": [(30, 100)], "two images": [(100, 57), (56, 56)], "text": []}
+# The sizes (height, width) of each case's images. Their best resolutions, tile counts and unpadding all differ.
+CASES: dict[str, list[tuple[int, int]]] = {"one image": [(30, 100)], "two images": [(100, 57), (56, 56)], "text": []}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    ids: Tensor  # [S], image tokens expanded
-    pixels: Tensor | None  # [I, 3, s, s] or [I, tiles, 3, s, s]
-    sizes: list[tuple[int, int]]
+    ids: Tensor  # [S]; each image has as many tokens as features
+    pixels: Tensor | None  # [images, 3, s, s], or [images, tiles, 3, s, s] for NeXT
+    sizes: list[tuple[int, int]]  # (height, width) of each image
 
 
 def make_prompt(config: VLMConfig, case: str) -> Prompt:
-    """Text, image, text, image, ... text; ids and pixels drawn from a seed that the case fixes."""
+    """Text, image, text, image, ... text. Ids and pixels are random, from a seed that follows from the case."""
     sizes = CASES[case]
     generator = torch.Generator().manual_seed(len(sizes))
-    text = lambda n: torch.randint(3, 250, (n,), generator=generator)  # noqa: E731
+
+    def text(length: int) -> Tensor:
+        return torch.randint(3, 250, (length,), generator=generator)
+
     parts = [torch.tensor([1]), text(5)]
     for size in sizes:
         parts += [torch.full((anyres.image_tokens(size, config),), config.image_token_index), text(4)]
     side = config.vision.image_size
-    shape = (len(sizes), 3, side, side)
+    shape: tuple[int, ...] = (len(sizes), 3, side, side)
     if config.is_next and sizes:
         counts = [anyres.num_tiles(size, config) for size in sizes]
         shape = (len(sizes), max(counts), 3, side, side)
     pixels = torch.rand(shape, generator=generator) * 4 - 2
     if config.is_next:
-        for image, size in zip(pixels, sizes):
-            image[anyres.num_tiles(size, config) :] = 0
+        for image, size in zip(pixels, sizes, strict=True):
+            image[anyres.num_tiles(size, config) :] = 0  # images with fewer tiles are padded with zeros
     return Prompt(torch.cat(parts), pixels if sizes else None, sizes)
 
 
 @torch.inference_mode()
 def ours(model: Llava, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
-    """One dict per prompt, the prompts run as one ragged, right-padded batch."""
-    results: list[dict[str, Tensor]] = []
-    for prompt in prompts:
-        result = {}
-        if prompt.pixels is not None:
-            flat = prompt.pixels.flatten(0, -4)
-            result["tower"] = model.vision_tower(flat)
-            result["projector"] = model.multi_modal_projector(result["tower"])
-            result["packed"] = torch.cat(model.image_features(prompt.pixels, prompt.sizes))
-        results.append(result)
-    vlm, inputs, samples = VLM(model), batch(prompts), range(len(prompts))
-    for result, row in zip(results, prompt_logits(vlm, inputs, [result["packed"] for result in results if result])):
-        result["logits"] = row
-    sampling = Sampling(max_new_tokens=STEPS, ignore_eos=True)
-    steps = list(vlm.generate(inputs, vlm.new_cache(CacheSettings(), samples), sampling))
-    for result, row in zip(results, torch.tensor(steps).T):
-        result["tokens"] = row
+    """What this library computes: one dict per prompt, with the prompts run as one ragged, right-padded batch."""
+    results = [image_results(model, prompt) for prompt in prompts]
+    vlm = VLM(model)
+    inputs = batch(prompts)
+    features = [result["packed"] for result in results if result]
+    for result, logits in zip(results, prompt_logits(vlm, inputs, features), strict=True):
+        result["logits"] = logits
+    cache = vlm.new_cache(CacheSettings(), range(len(prompts)))
+    steps = list(vlm.generate(inputs, cache, Sampling(max_new_tokens=STEPS, ignore_eos=True)))
+    for result, tokens in zip(results, torch.tensor(steps).T, strict=True):
+        result["tokens"] = tokens
     return results
 
 
+def image_results(model: Llava, prompt: Prompt) -> dict[str, Tensor]:
+    """What the vision tower, the projector and the packing of tiles return; empty for a prompt without images."""
+    if prompt.pixels is None:
+        return {}
+    tower = model.vision_tower(prompt.pixels.flatten(0, -4))
+    return {
+        "tower": tower,
+        "projector": model.multi_modal_projector(tower),
+        "packed": torch.cat(model.image_features(prompt.pixels, prompt.sizes)),
+    }
+
+
 def batch(prompts: Sequence[Prompt]) -> ModelInputs:
-    """As the processor lays out a batch: ids padded at the right, images with zero tiles."""
+    """A batch as the processor lays it out: ids are padded at the right, and images with tiles of zeros."""
     pixels = [image for prompt in prompts if prompt.pixels is not None for image in prompt.pixels]
     return ModelInputs(
         input_ids=pad_sequence([prompt.ids for prompt in prompts], batch_first=True),
@@ -92,18 +100,17 @@ def batch(prompts: Sequence[Prompt]) -> ModelInputs:
 
 
 def prompt_logits(vlm: VLM, inputs: ModelInputs, features: Sequence[Tensor]) -> list[Tensor]:
-    """Logits [S, V] of every position of each prompt, prefilled into a full cache."""
-    rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths)]
-    (run,) = vlm.new_cache(CacheSettings(), range(len(rows))).prefill(
-        [ids == vlm.config.image_token_index for ids in rows], 1
-    )
+    """The logits [S, V] at all positions of each prompt, from one prefill pass into a full cache."""
+    prompts = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths, strict=True)]
+    cache = vlm.new_cache(CacheSettings(), range(len(prompts)))
+    (prefill_pass,) = cache.prefill([ids == vlm.config.image_token_index for ids in prompts], 1)
     positions = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
-    hidden = vlm.model(vlm.model.embed(inputs.input_ids, features), positions, run)
-    return [vlm.model.lm_head(row[: len(ids)]) for row, ids in zip(hidden, rows)]
+    hidden = vlm.model(vlm.model.embed(inputs.input_ids, features), positions, prefill_pass)  # [B, S, C]
+    return [vlm.model.lm_head(states[: len(ids)]) for states, ids in zip(hidden, prompts, strict=True)]
 
 
 def load_reference(folder: Path):
-    """The checkpoint in transformers, float32; only for callers that have it."""
+    """The checkpoint as a float32 model of transformers, which has to be installed."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -113,8 +120,9 @@ def load_reference(folder: Path):
 
 @torch.inference_mode()
 def reference(model, prompt: Prompt) -> dict[str, Tensor]:
-    """What transformers computes for one prompt."""
-    result, images = {}, {}
+    """What transformers computes for one prompt, under the same names as `ours`."""
+    result: dict[str, Tensor] = {}
+    images: dict[str, Tensor] = {}
     if prompt.pixels is not None:
         images = {"pixel_values": prompt.pixels}
         if prompt.pixels.dim() == 5:
@@ -136,14 +144,16 @@ def reference(model, prompt: Prompt) -> dict[str, Tensor]:
 
 
 def thin(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    """About 200 values of each tensor, spread over it; the tokens whole."""
-    return {
-        name: tensor.clone() if name == "tokens" else tensor.flatten()[:: tensor.numel() // 200 + 1].clone()
-        for name, tensor in result.items()
-    }
+    """All tokens, and of every other tensor at most 200 values, evenly spaced."""
+
+    def sample(tensor: Tensor) -> Tensor:
+        return tensor.flatten()[:: tensor.numel() // 200 + 1]
+
+    return {name: (tensor if name == "tokens" else sample(tensor)).clone() for name, tensor in result.items()}
 
 
 def main() -> None:
+    """Store a sample of the reference's values for every family, with and without grouped key/value heads."""
     GOLDEN.mkdir(parents=True, exist_ok=True)
     for family in tiny.FAMILIES:
         frozen = {}
@@ -159,4 +169,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from minivlm.cache.policies import preset
+from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.settings import CacheSettings
 from minivlm.generation.compile import missing_compiler
 from minivlm.model.llava import Llava
@@ -18,18 +20,16 @@ _ALL = dict(
 )  # fmt: skip
 
 POLICIES: dict[str, CacheSettings] = {
-    "full": CacheSettings(),
-    "avl": CacheSettings.preset("avl"),
-    "avl, h2o text, filter": CacheSettings.preset("avl", **_ALL),
-    "avl, direct text, filter": CacheSettings.preset("avl", **_ALL, text_h2o=False, text_direct=True),
-    "avl, history text, window": CacheSettings.preset(
-        "avl", **_ALL | dict(filter=False), text_h2o=False, score_window=4
-    ),
-    "text alone": CacheSettings(text=True, text_init_cache=4),
-    "h2o": CacheSettings.preset("h2o"),
-    "fastv": CacheSettings.preset("fastv"),
-    "streaming": CacheSettings.preset("streaming"),
-    "random": CacheSettings.preset("random", vision_interval=2, vision_compute_rate=0.8),
+    "full": AVLSettings(),
+    "avl": preset("avl"),
+    "avl, h2o text, filter": preset("avl", **_ALL),
+    "avl, direct text, filter": preset("avl", **_ALL, text_h2o=False, text_direct=True),
+    "avl, history text, window": preset("avl", **_ALL | dict(filter=False), text_h2o=False, score_window=4),
+    "text alone": AVLSettings(text=True, text_init_cache=4),
+    "h2o": preset("h2o"),
+    "fastv": preset("fastv"),
+    "streaming": preset("streaming"),
+    "random": preset("random", vision_interval=2, vision_compute_rate=0.8),
 }
 
 # How a decode step is run: options of the cache.

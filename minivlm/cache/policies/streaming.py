@@ -1,38 +1,41 @@
-"""StreamingLLM (ICLR 2024, arXiv 2309.17453): the first few tokens and the most recent, text and vision alike.
+"""StreamingLLM (ICLR 2024, arXiv 2309.17453): the first few tokens and the most recent, text and image alike.
 
 At original positions: eviction never renumbers here, so the distances the model sees are the true ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from minivlm.cache.policy import Policy
+from minivlm.cache.policy import Entries, Policy, TokenBudget
+from minivlm.cache.settings import CacheSettings
 
-SINKS = 4
+SINKS = 4  # first tokens that always stay
 
 
 @dataclass(frozen=True)
-class Streaming:
-    share: float  # of all tokens seen
-    over: ClassVar = "all"
-    prompt_rows: ClassVar = "none"
+class Streaming(TokenBudget):
+    """The share of all tokens so far that each head may hold."""
 
-    def limits(self, seen: int) -> tuple[int, int]:
-        budget = int(seen * self.share)
+    share: float
+    over: ClassVar = "all"
+
+    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
+        budget = int((prompt + answer) * self.share)
         return budget, max(budget - SINKS, 0)
 
-    def start(self, positions: Tensor) -> Tensor:
-        return (positions < SINKS).float()
-
-    def score_step(self, scores: Tensor, row: Tensor, live: Tensor, new: Tensor) -> Tensor:
-        return torch.where(new, 0, scores)
+    def start(self, entries: Entries) -> Tensor:
+        return (entries.positions < SINKS).float()
 
 
-def adapt(policy: Policy, share: float | None, seed: int) -> Policy:
-    """Half of the cache where no `share` is asked for, as the H2O baseline has it."""
-    return replace(policy, budget=Streaming(0.5 if share is None else share))
+@dataclass(frozen=True, kw_only=True)
+class StreamingSettings(CacheSettings):
+    """Half of the cache where `kv_budget` does not say otherwise, like the H2O baseline."""
+
+    policy: str = "streaming"
+
+    def build(self, num_layers: int) -> Policy:
+        return Policy(self.policy, budget=Streaming(0.5 if self.kv_budget is None else self.kv_budget))

@@ -1,0 +1,102 @@
+"""What a cache holds now and what its steps read: positions, entries by class, bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minivlm.cache.kv_cache import KVCache
+from minivlm.cache.ranking import best_first
+
+ENTRY_CLASSES = ("system", "vision core", "vision secondary", "text")
+
+
+def entry_bytes(cache: KVCache) -> int:
+    """Bytes of one entry's key and value in all key/value heads of one layer."""
+    return 2 * cache.config.num_key_value_heads * cache.config.head_dim * cache.layers[0].k.element_size()
+
+
+def full_bytes(cache: KVCache) -> int:
+    """Bytes of the entries that the full cache would hold now."""
+    tokens = sum(sequence.length for sequence in cache.sequences) + int(cache.stored.sum())
+    return tokens * len(cache.layers) * entry_bytes(cache)
+
+
+def live_bytes(cache: KVCache) -> int:
+    """Bytes of the entries held now."""
+    entries = sum(sum(by_class.values()) for by_class in live_entries(cache))
+    return entries * entry_bytes(cache) // cache.config.num_key_value_heads
+
+
+def live_entries(cache: KVCache) -> list[dict[str, int]]:
+    """Per layer, the entries held now by class, summed over sequences and key/value heads."""
+    stored, heads = cache.stored.tolist(), cache.config.num_key_value_heads
+    by_layer = []
+    for layer_idx, buffers in enumerate(cache.layers):
+        entries = dict.fromkeys(ENTRY_CLASSES, 0)
+        for row, counts in enumerate(buffers.counts):
+            tail = cache.tail_length(layer_idx, row, stored[row]) * heads
+            vision_in_tail = 0
+            if cache.policy.whole_cache:
+                positions = live_positions(cache, layer_idx, row)
+                vision = positions.new_tensor(cache.sequences[row].vision_positions)
+                vision_in_tail = int(torch.isin(positions, vision).sum())
+            entries["system"] += counts.system * heads
+            entries["vision core"] += counts.core * heads + vision_in_tail
+            entries["vision secondary"] += (counts.vision - counts.core) * heads
+            entries["text"] += tail - vision_in_tail
+        by_layer.append(entries)
+    return by_layer
+
+
+def entries_attended(cache: KVCache) -> dict[str, float]:
+    """Entries by class that took part in a step of this turn: the mean over steps, sequences and layers, per head.
+
+    A whole-cache budget keeps no classes apart; then all of them count as "all".
+    """
+    whole_cache = cache.policy.whole_cache
+    attended = dict.fromkeys(("all",) if whole_cache else ENTRY_CLASSES, 0)
+    stored = cache.stored.tolist()
+    for layer_idx, buffers in enumerate(cache.layers):
+        for row, counts in enumerate(buffers.counts):
+            steps = stored[row]
+            tail = steps + sum(cache.tail_length(layer_idx, row, step) for step in range(steps))
+            if whole_cache:
+                attended["all"] += tail
+                continue
+            beyond_core = sum(kind != "core" for kind in cache.step_kinds[:steps])
+            attended["system"] += counts.system * steps
+            attended["vision core"] += counts.core * steps
+            attended["vision secondary"] += (counts.vision - counts.core) * beyond_core
+            attended["text"] += tail
+    return {name: count / max(sum(stored) * len(cache.layers), 1) for name, count in attended.items()}
+
+
+def entries_read(cache: KVCache, step: int) -> int:
+    """Entries that a step of this turn read, its own included, summed over sequences and layers.
+
+    A core step reads the core alone only if it reads by index; otherwise it passes over everything that was kept.
+    """
+    core_alone = cache.step_kinds[step] == "core" and cache.gather
+    return sum(
+        (counts.core + counts.system if core_alone else counts.fixed) + cache.tail_length(layer_idx, row, step) + 1
+        for layer_idx, buffers in enumerate(cache.layers)
+        for row, counts in enumerate(buffers.counts)
+    )
+
+
+def live_positions(cache: KVCache, layer_idx: int, row: int) -> Tensor:
+    """Original positions [H_kv, n] of a row's entries: vision, system, tail."""
+    buffers = cache.layers[layer_idx]
+    tail = cache.tail_length(layer_idx, row, int(cache.stored[row]))
+    slots = buffers.layout.live(buffers.counts[row], tail, buffers.write_slot[row])
+    return buffers.position[row].gather(1, slots)
+
+
+def core_positions(cache: KVCache, layer_idx: int, row: int) -> Tensor:
+    """Original positions [C] of a row's core in a layer, best first."""
+    buffers = cache.layers[layer_idx]
+    vision = buffers.layout.vision(buffers.counts[row])
+    core = buffers.in_core[row, vision] > 0
+    position = buffers.position[row, 0, vision][core]
+    return position[best_first(buffers.vision_attn[row, vision][core], position)].cpu()

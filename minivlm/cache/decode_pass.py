@@ -1,0 +1,130 @@
+"""The decode pass: one token of each row, against everything that takes part in a step of its kind.
+
+A step writes its token into the slot that the previous step's eviction freed, or into the next unused one, attends, and
+only then chooses its own victim.  Everything that depends on the step is read from tables by a tensor, so a step
+neither allocates nor waits for the device.  Rows that have finished write nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minivlm.cache import attention
+from minivlm.cache.buffers import LayerBuffers
+from minivlm.cache.policy import Entries, TokenBudget
+from minivlm.cache.ranking import LAST, order_key
+from minivlm.cache.state import CacheState, StepKind
+
+
+class DecodePass:
+    """One decode step; the decoder takes it as its cache."""
+
+    def __init__(self, state: CacheState, kind: StepKind) -> None:
+        self.state, self.kind = state, kind
+
+    def survivors(self, layer_idx: int) -> None:
+        """A step drops no hidden states."""
+        return None
+
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token per row: q [B, H, 1, D], k and v [B, H_kv, 1, D] -> [B, H, 1, D]."""
+        state, buffers = self.state, self.state.layers[layer_idx]
+        budget = state.policy.budget_at(layer_idx)
+        table = state.tables[state.budget_group[layer_idx]]  # [3, B, steps]
+        used, evicts, protected_from = (entry.gather(1, state.stored[:, None]) for entry in table)  # each [B, 1]
+
+        # 1. The token takes its slot.
+        self._write(buffers, k, v)
+
+        # 2. Attention; its weights are wanted where a budget or a refresh scores by them.
+        want_weights = budget is not None or self.kind == "refresh"
+        tail_start = buffers.layout.tail_start
+        if state.static:
+            keys, values, live, tail_start = self._reading(buffers, used)
+            out, weights = attention.decode_static(q, keys, values, live, want_weights)
+        else:
+            core = buffers.in_core > 0 if self.kind == "core" else None
+            spans = self._spans(layer_idx, buffers)
+            out, weights = attention.decode_plain(q, buffers.k, buffers.v, spans, core, want_weights)
+
+        # 3. A refresh notes what attention the image entries get, for the choice of the core.
+        if self.kind == "refresh":
+            assert weights is not None
+            attn = weights[:, :, :tail_start].sum(dim=1) / q.shape[1]  # [B, tail_start]
+            buffers.vision_attn.copy_(torch.where(state.active[:, None], attn, buffers.vision_attn))
+
+        # 4. The next token goes to the first unused slot, or to the slot of this step's victim.
+        next_place = used.expand_as(buffers.write_slot)
+        if budget is not None:
+            assert weights is not None
+            new = Entries(state.position[:, None].int(), k, v)
+            victim = self._victim(buffers, budget, weights[:, :, tail_start:], new, used, protected_from)
+            next_place = torch.where(evicts.bool(), victim, next_place)
+        next_slot = buffers.layout.tail_start + next_place
+        buffers.write_slot.copy_(torch.where(state.active[:, None], next_slot, buffers.write_slot))
+        return out
+
+    def _write(self, buffers: LayerBuffers, k: Tensor, v: Tensor) -> None:
+        """Put the step's token where the last victim was; a row that has finished gets back what is there.
+
+        By indexed assignment: of a `scatter_` inductor makes two copies of the whole buffer.
+        """
+        batch, kv_heads = buffers.write_slot.shape
+        row = torch.arange(batch, device=k.device)[:, None]
+        head = torch.arange(kv_heads, device=k.device)
+        where = (row, head, buffers.write_slot)  # [B, H_kv]
+        active = self.state.active[:, None]  # [B, 1]
+        buffers.position[where] = torch.where(active, self.state.position.int(), buffers.position[where])
+        for buffer, new in ((buffers.k, k), (buffers.v, v)):
+            buffer[where] = torch.where(active[..., None], new[:, :, 0], buffer[where])
+
+    def _reading(self, buffers: LayerBuffers, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What a step of fixed shape passes over: keys and values [B, H_kv, n, D], which of the n are live [B, n], and
+        where among them the tail starts."""
+        layout = buffers.layout
+        slots = torch.arange(layout.slots, device=used.device)
+        live = (slots >= buffers.vision_start) & (slots < layout.tail_start + used)
+        if self.kind == "core":
+            live = live & (buffers.in_core > 0)
+        if self.kind != "core" or buffers.core_slots is None:
+            return buffers.k, buffers.v, live, layout.tail_start
+        # Only what the core step needs, by index.
+        (batch, kv_heads), width = buffers.write_slot.shape, buffers.core_slots.shape[1]
+        listed = slots[:width] < buffers.core_size + layout.tail_start - buffers.system_start  # [B, width]
+        index = torch.cat((buffers.core_slots, slots[layout.tail_start :].expand(batch, -1)), dim=1)  # [B, n]
+        row = torch.arange(batch, device=used.device)[:, None, None]
+        head = torch.arange(kv_heads, device=used.device)[:, None]
+        where = (row, head, index[:, None])  # indexing, not `gather`: the compiler fuses it into the sums over D and n
+        live = torch.cat((listed, live[:, layout.tail_start :]), dim=1)
+        return buffers.k[where], buffers.v[where], live, width
+
+    def _spans(self, layer_idx: int, buffers: LayerBuffers) -> list[tuple[int, int]]:
+        """First and end of each row's live slots, this step's token included."""
+        start, step = buffers.layout.tail_start, self.state.steps
+        return [
+            (start - counts.fixed, start + self.state.tail_length(layer_idx, row, step) + 1)
+            for row, counts in enumerate(buffers.counts)
+        ]
+
+    def _victim(
+        self,
+        buffers: LayerBuffers,
+        budget: TokenBudget,
+        attn: Tensor,
+        new: Entries,
+        used: Tensor,
+        protected_from: Tensor,
+    ) -> Tensor:
+        """Score the tail by this step's attention [B, H_kv, tail slots]; the worst unprotected entry of each head
+        [B, H_kv], counted from the tail's start."""
+        assert buffers.score is not None
+        slots = torch.arange(attn.shape[2], device=attn.device)
+        live = (slots < used)[:, None]  # [B, 1, tail slots]
+        is_new = slots == buffers.write_slot[..., None] - buffers.layout.tail_start  # [B, H_kv, tail slots]
+        score = torch.where(is_new, budget.start(new), buffers.score)
+        score = budget.score_step(score, attn, live, is_new)
+        buffers.score.copy_(torch.where(live & self.state.active[:, None, None], score, buffers.score))
+        position = buffers.position[:, :, buffers.layout.tail_start :]
+        key = torch.where(live & (position < protected_from[..., None]), order_key(score, position), LAST)
+        return key.argmin(dim=2)

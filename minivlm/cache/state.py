@@ -1,0 +1,75 @@
+"""What a KV cache consists of; `KVCache` adds the verbs, the passes of prefill and decode read and write it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minivlm.cache.buffers import LayerBuffers
+from minivlm.cache.counts import SequenceState
+from minivlm.cache.policy import Policy, TokenBudget
+from minivlm.model.config import TextConfig
+
+# What takes part in a decode step: "core", the core, the system prefix and the text; "refresh", everything, and the
+# cores are chosen anew; "full", everything.
+StepKind = Literal["core", "refresh", "full"]
+
+
+class CacheState:
+    """The data of a cache: what is fixed, what the host knows, and what lies on the device."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        policy: Policy,
+        batch: int,
+        *,
+        device: torch.device | str = "cpu",
+        static: bool = False,
+        gather: bool | None = None,
+    ) -> None:
+        # Fixed for the cache's life.
+        self.config = config
+        self.policy = policy
+        self.device = torch.device(device)
+        self.static = static
+        self.gather = static and (self.device.type == "cuda" if gather is None else gather)
+        by_layer = [policy.budget_at(layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        # Layers with equal token budgets share their counts.
+        self.budgets: list[TokenBudget | None] = list(dict.fromkeys(by_layer))
+        self.budget_group = [self.budgets.index(budget) for budget in by_layer]  # of each layer
+
+        # On the host.
+        self.sequences: list[SequenceState] = []
+        self.turns = 0
+        self.step_kinds: list[StepKind] = []  # of this turn's decode steps
+        self.max_steps = 0  # decode steps for which there is room
+
+        # On the device.
+        self.layers: list[LayerBuffers] = []
+        # For each distinct budget [3, B, steps]; see `SequenceState.step_table`.
+        self.tables = [torch.zeros(3, batch, 0, dtype=torch.int64, device=self.device) for _ in self.budgets]
+        self.stored = torch.zeros(batch, dtype=torch.int64, device=self.device)  # tokens of this turn's answer
+        self.answer_start = torch.zeros_like(self.stored)  # position of the answer's first token
+        self.active = torch.ones(batch, dtype=torch.bool, device=self.device)  # sequences that have not finished
+
+    @property
+    def indexed(self) -> bool:
+        """Whether layers list their cores, because core steps exist and read by index."""
+        return self.gather and self.policy.interval > 1
+
+    @property
+    def steps(self) -> int:
+        """Decode steps of this turn."""
+        return len(self.step_kinds)
+
+    @property
+    def position(self) -> Tensor:
+        """Original position [B, 1] of the token that the next step feeds."""
+        return (self.answer_start + self.stored)[:, None]
+
+    def tail_length(self, layer_idx: int, row: int, stored: int) -> int:
+        """Live tail entries of a row in a layer once `stored` tokens of the answer are stored."""
+        return self.sequences[row].tail_lengths[self.budget_group[layer_idx]][stored]
