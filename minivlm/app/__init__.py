@@ -1,1 +1,1 @@
-"""The application side: command lines, chat on a terminal, traces, pictures, statistics in words."""
+"""The application: command lines, chat on a terminal, traces, overlays, statistics in words."""

@@ -6,7 +6,6 @@ import builtins
 import os
 import re
 import signal
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,12 @@ from PIL import Image
 import tiny
 import weights
 from cli_helpers import Ran, endless_model, generate, refused, start, write_pages
-from minivlm import CacheSettings, Sampling
-from minivlm.app import generate_command
+from minivlm import Sampling
+from minivlm.app import generate_command, policy_flags
 from minivlm.app.report import describe_stats
-from minivlm.cache.policies import preset
-from minivlm.cache.policies import PRESETS
+from minivlm.cache.policies import PRESETS, preset
+from minivlm.cache.policies.avl import AVLSettings
+from minivlm.cache.settings import flag_names
 
 FLAGS = {  # every flag of the script, with a value that is not its default
     "model": ("somewhere", "somewhere"), "device": ("cpu", "cpu"), "dtype": ("bfloat16", "bfloat16"), "seed": ("7", 7),
@@ -57,19 +57,18 @@ def test_every_flag_in_both_spellings(name, tmp_path, monkeypatch):
 
 def test_every_policy_flag_in_both_spellings():
     values = {bool: ("true", True), float: ("0.125", 0.125), int: ("6", 6), type(None): ("1", 1)}
-    for f in fields(CacheSettings):
-        if "flag" not in f.metadata:
-            continue
-        text, parsed = values[type(f.default)]
-        for spelling in (f"--{f.metadata['flag']}", "--" + f.metadata["flag"].replace("_", "-")):
-            assert vars(generate_command.parse(["--prompt", "x", spelling, text]))[f"cache.{f.name}"] == parsed
+    for name, flag in flag_names(AVLSettings).items():
+        text, parsed = values[type(getattr(AVLSettings(), name))]
+        for spelling in (f"--{flag}", "--" + flag.replace("_", "-")):
+            args = generate_command.parse(["--prompt", "x", spelling, text])
+            assert policy_flags.given(args) == {flag: parsed}
 
 
 def test_the_help_names_no_other_flags():
     ran = generate("--help")
     assert ran.status == 0
-    policy_flags = [f.metadata["flag"] for f in fields(CacheSettings) if "flag" in f.metadata]
-    known = {*FLAGS, "no_compile", "policy", "help", *policy_flags}
+    of_policies = [flag for chosen in PRESETS.values() for flag in flag_names(chosen.settings).values()]
+    known = {*FLAGS, "no_compile", "policy", "policy_file", "help", *of_policies}
     options = ran.out[ran.out.index("\noptions:") :]
     assert {option[2:].replace("-", "_") for option in re.findall(r"--[a-z0-9_-]+", options)} == known
 

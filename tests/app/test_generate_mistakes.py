@@ -58,7 +58,7 @@ def pages(tmp_path_factory) -> list[Path]:
         ("--vision_score_window 0", "--vision_score_window is 0"),
         (
             "--all_use_h2o --text_pruning_flag",
-            "--all_use_h2o decides over text and vision alike and excludes --text_pruning_flag",
+            "--all_use_h2o decides over text and image alike and excludes --text_pruning_flag",
         ),
         ("--policy streaming --vision_adaptive_attention", "--policy streaming"),
         (

@@ -14,8 +14,9 @@ import tiny
 import weights
 from cli_helpers import Ran, call, refused, script, write_pages
 from golden_helpers import GOLDEN, load_trace
-from minivlm import CacheSettings, Sampling
+from minivlm import Sampling
 from minivlm.app import trace_command
+from minivlm.cache.policies import preset
 
 # A golden trace that uses most parts, and the flags that made it.
 CONFIG = "v50_c75_i3_t30_f3_30"
@@ -121,7 +122,7 @@ def test_images_and_a_prompt(family, policy, tmp_path):
     check_layout(ours, 7, ours["input_ids"].shape[1], vlm.config)
     assert ("vision_kept" in ours, "core" in ours) == (policy != "h2o", policy == "avl")
     # It is what the answer is made of, and its file is itself an input.
-    settings = CacheSettings.preset(policy)
+    settings = preset(policy)
     assert ours["tokens"].tolist() == vlm.ask("What is this?", pages, sampling=Sampling(7), settings=settings).token_ids
     assert run_trace(*common, "--inputs", out, "--out", again) == Ran(0, "", "")
     repeated = load_file(again)
