@@ -1,10 +1,10 @@
 """One run at full size: LLaVA-NeXT in the shape of vicuna-7B with random weights, in bfloat16, on the CPU.
 
-    PYTHONPATH=. python tests/full_size.py [--layers 32]
+    PYTHONPATH=tests/helpers python tests/full_size.py [--layers 32]
 
-Writes about 14 GB of sharded safetensors to a temporary folder, loads them in a process of its own, asks about
-an image for 4 tokens, prints times and peak memory, and removes the folder.  Not part of the suite: it takes
-minutes, 14 GB of disk and 17 GB of memory.
+It writes about 14 GB of sharded safetensors to a temporary folder. A second process loads them, answers a question
+about an image with 4 tokens, and prints times and peak memory. It is not part of the suite, since it takes minutes,
+14 GB of disk and 17 GB of memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHARD_BYTES = 2 << 30
 
 
 def write(folder: Path, layers: int) -> None:
-    """The checkpoint as on the hub, but for the weights and a tokenizer of a few hundred pieces."""
+    """Write a checkpoint like the hub's, except that its weights are random and its tokenizer has few tokens."""
     config = tiny.make_config(
         "next-vicuna",
         kv_heads=32,
@@ -54,6 +54,11 @@ def write(folder: Path, layers: int) -> None:
     tiny.dump(folder / "config.json", config)
     tiny.write_tokenizer(folder, "next-vicuna")
     tiny.write_processor(folder, config)
+    write_shards(folder, config)
+
+
+def write_shards(folder: Path, config: dict) -> None:
+    """Write random weights, a shard at a time, and the index."""
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
 
@@ -66,20 +71,22 @@ def write(folder: Path, layers: int) -> None:
     for name, shape in tiny.shapes(config):
         tensor = torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03)
         shard[tiny.on_disk(name, "a")] = tensor + 1 if "norm" in name and name.endswith("weight") else tensor
-        if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:
+        if sum(stored.nbytes for stored in shard.values()) > SHARD_BYTES:
             flush()
     flush()
     tiny.dump(folder / "model.safetensors.index.json", {"weight_map": index})
 
 
-def run(folder: Path) -> None:
+def load_and_ask(folder: Path) -> None:
+    """Load the checkpoint, answer one question, and print what that took."""
     begin = time.perf_counter()
-    model = weights.load(folder, device="cpu", dtype="bfloat16")
+    vlm = weights.load(folder, device="cpu", dtype="bfloat16")
     loaded = time.perf_counter()
-    answer = model.ask("What is this?", [Image.new("RGB", (336, 336), "white")], sampling=Sampling(max_new_tokens=4))
+    answer = vlm.ask("What is this?", [Image.new("RGB", (336, 336), "white")], sampling=Sampling(max_new_tokens=4))
     done = time.perf_counter()
-    size = sum(p.nbytes for p in model.model.parameters())
-    print(f"weights {size / 1e9:.2f} GB, loaded in {loaded - begin:.1f} s; {answer.token_ids} in {done - loaded:.1f} s")
+    size = sum(parameter.nbytes for parameter in vlm.model.parameters())
+    print(f"weights {size / 1e9:.2f} GB, loaded in {loaded - begin:.1f} s")
+    print(f"tokens {answer.token_ids} in {done - loaded:.1f} s")
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(f"peak resident memory {int(peak.split()[1]) * 1024 / 1e9:.2f} GB")
 
@@ -87,10 +94,10 @@ def run(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32, help="decoder layers; fewer for a quick try")
-    parser.add_argument("--folder", type=Path, help="load this folder, written before, instead of writing one")
+    parser.add_argument("--folder", type=Path, help="load this checkpoint instead of writing one")
     args = parser.parse_args()
     if args.folder:
-        return run(args.folder)
+        return load_and_ask(args.folder)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         write(Path(folder), args.layers)

@@ -1,4 +1,7 @@
-"""The text half of small checkpoints, in Hugging Face layout: tokenizers in the style of Llama, Mistral and Llama 3."""
+"""The text half of small checkpoints in Hugging Face layout: tokenizers as Llama, Mistral and Llama 3 have them.
+
+There are no weights: what these folders test is the processor.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,41 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minivlm.model.config import VLMConfig
+from tiny import PINPOINTS
 
 STYLES = ("llama", "mistral", "llama3")
 TILE = 56
 _TEXT = [
     "USER: What is the date on this page? ASSISTANT: The quick brown fox jumps over the lazy dog.\n\n[INST] [/INST]"
 ] * 3
+_TEXT_CONFIG = {
+    "vocab_size": 448,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+    "sliding_window": None,
+}
+_VISION_CONFIG = {
+    "model_type": "clip_vision_model",
+    "image_size": TILE,
+    "patch_size": 14,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 _LLAMA3_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @functools.cache
 def tokenizer_json(style: str) -> str:
-    """A `tokenizer.json` with `<image>`; only `llama` prepends its word boundary in the normalizer, as the hub's files do."""
+    """A `tokenizer.json` with `<image>`, in one of `STYLES`.
+
+    As in the hub's files, `llama` marks the start of a word in the normalizer, and `mistral` in the pre-tokenizer.
+    """
     if style == "llama3":
         return _byte_level().to_str()
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -33,10 +59,9 @@ def tokenizer_json(style: str) -> str:
     tokenizer.train_from_iterator(
         _TEXT, trainers.BpeTrainer(vocab_size=360, special_tokens=alphabet, show_progress=False)
     )
+    # The trainer made special tokens of the bytes too; there they are plain ones.
     raw = json.loads(tokenizer.to_str())
-    raw["added_tokens"] = [
-        token for token in raw["added_tokens"] if token["content"] in special
-    ]  # bytes are plain tokens
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] in special]
     tokenizer = Tokenizer.from_str(json.dumps(raw))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
@@ -47,6 +72,7 @@ def tokenizer_json(style: str) -> str:
 
 
 def _byte_level() -> Tokenizer:
+    """A tokenizer on bytes, as Llama 3 has it."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,6 +94,7 @@ def _byte_level() -> Tokenizer:
 
 
 def special_tokens(style: str) -> dict[str, str]:
+    """The special tokens that `tokenizer_config.json` names."""
     if style == "llama3":
         return {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     return {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -76,6 +103,7 @@ def special_tokens(style: str) -> dict[str, str]:
 def write_tokenizer(
     folder: Path, style: str, tokenizer_class: str = "PreTrainedTokenizerFast", **settings: object
 ) -> Tokenizer:
+    """Write `tokenizer.json` and `tokenizer_config.json`, the latter with `settings`, and return the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer_json(style), encoding="utf-8")
     written = {**special_tokens(style), "tokenizer_class": tokenizer_class, **settings}
@@ -84,44 +112,39 @@ def write_tokenizer(
 
 
 def write_checkpoint(folder: Path, style: str = "llama", family: str = "llava_next", **changes: object) -> VLMConfig:
-    """A folder for which both this library and transformers' AutoProcessor make a processor; `changes` go to config.json."""
+    """Write a folder from which this library and transformers' AutoProcessor make a processor.
+
+    `changes` replace entries of config.json. Returns the configuration.
+    """
+    is_next = family == "llava_next"
     tokenizer = write_tokenizer(folder, style)
-    text = {
-        "model_type": "mistral" if style == "mistral" else "llama", "vocab_size": 448, "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
-        "sliding_window": None,
-    }  # fmt: skip
-    raw = {
+    config = {
         "model_type": family,
         "image_token_index": tokenizer.token_to_id("<image>"),
-        "text_config": text,
-        "vision_config": {
-            "model_type": "clip_vision_model", "image_size": TILE, "patch_size": 14, "hidden_size": 16,
-            "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        },
-    }  # fmt: skip
-    images = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
-    if family == "llava_next":
-        raw["image_grid_pinpoints"] = images["image_grid_pinpoints"] = [
-            [56, 112],
-            [112, 56],
-            [112, 112],
-            [168, 56],
-            [56, 168],
-        ]
-    images["image_processor_type"] = "LlavaNextImageProcessor" if family == "llava_next" else "CLIPImageProcessor"
-    raw.update(changes)
+        "text_config": {"model_type": "mistral" if style == "mistral" else "llama", **_TEXT_CONFIG},
+        "vision_config": _VISION_CONFIG,
+    }
+    images: dict[str, object] = {
+        "size": {"shortest_edge": TILE},
+        "crop_size": {"height": TILE, "width": TILE},
+    }
+    if is_next:
+        config["image_grid_pinpoints"] = images["image_grid_pinpoints"] = PINPOINTS
+    images["image_processor_type"] = "LlavaNextImageProcessor" if is_next else "CLIPImageProcessor"
+    config.update(changes)
     processor = {
-        "processor_class": "LlavaNextProcessor" if family == "llava_next" else "LlavaProcessor",
-        "patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
-    }  # fmt: skip
-    for name, content in (("config", raw), ("preprocessor_config", images), ("processor_config", processor)):
+        "processor_class": "LlavaNextProcessor" if is_next else "LlavaProcessor",
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    for name, content in (("config", config), ("preprocessor_config", images), ("processor_config", processor)):
         (folder / f"{name}.json").write_text(json.dumps(content))
-    return VLMConfig.from_dict(raw)
+    return VLMConfig.from_dict(config)
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    """Change keys of a JSON file; a value of None removes the key."""
+    """Set keys of a JSON file, which need not exist yet; None removes a key."""
     raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     raw.update(changes)
     path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Tiny random checkpoints in Hugging Face layout, for every family, key layout and config generation.
 
-Written by hand, without transformers, so that the tests also run where it is missing.  The weights are
-uniform and come from integers of the generator alone: the same on every machine, which the goldens need.
+They are written without transformers, so that the tests also run where it is missing. The weights are uniform and
+follow from the integers of the generator alone, so they are the same on every machine, as stored values require.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 FAMILIES = ("llava-1.5", "next-vicuna", "next-mistral", "next-llama3", "next-34b")
-LAYOUTS = ("a", "b", "c")  # the three ways in which checkpoints name their tensors; see weights/layout.py
+LAYOUTS = ("a", "b", "c")  # the three ways in which checkpoints name their tensors: see weights/layout.py
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
-VOCAB = 384  # padded, as on the hub, to a multiple of 64
+VOCAB = 384  # as on the hub, padded to a multiple of 64
 _TEXT = {
     "llava-1.5": dict(model_type="llama", rms_norm_eps=1e-5),
     "next-vicuna": dict(model_type="llama", rms_norm_eps=1e-5),
@@ -40,11 +40,13 @@ _PREFIXES = {
     },
     "c": {"language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
 }
+_MERGES = [tuple(pair.split()) for pair in ("t h", "th e", "▁ the", "i n", "▁ a", "e r", "▁ w", "o u", "h a")]
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}"
     "{{ ' ' if message['role'] == 'user' else eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -65,22 +67,20 @@ def write(
 ) -> Path:
     """Write a checkpoint folder and return it.
 
-    `generation`: "old" writes config files as up to transformers 4, "new" as 5 does.  `overrides` replace
-    entries of config.json; those of `text_config` and `vision_config` are merged into it.
+    `layout` is one of `LAYOUTS`. `generation` "old" writes the configuration files of transformers up to 4, "new" those
+    of 5. `overrides` replace entries of config.json; `text_config` and `vision_config` are merged into it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = make_config(family, generation=generation, kv_heads=kv_heads, dtype=dtype, **overrides)
     tensors = {on_disk(name, layout): tensor for name, tensor in make_tensors(config, seed).items()}
-    if layout == "a":  # what old checkpoints also hold, and loading skips
+    if layout == "a":  # old checkpoints also have these buffers, which loading skips
         positions = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2 + 1
         tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(positions)[None]
         tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save(folder, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}, shards)
     dump(folder / "config.json", config)
-    dump(
-        folder / "generation_config.json",
-        {"bos_token_id": 1, "eos_token_id": config["text_config"].get("eos_token_id", 2)},
-    )
+    eos = config["text_config"].get("eos_token_id", 2)
+    dump(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": eos})
     if tokenizer:
         write_tokenizer(folder, family, generation)
         write_processor(folder, config, generation)
@@ -90,7 +90,7 @@ def write(
 def make_config(
     family: str, *, generation: str = "old", kv_heads: int = 2, dtype: torch.dtype = torch.float32, **overrides
 ) -> dict:
-    """A `config.json` as sparse as the hub's."""
+    """The content of `config.json`. Like the hub's, it leaves out what has its default value."""
     text = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -134,13 +134,13 @@ def make_config(
 
 
 def make_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor that transformers saves for `config`, by the names of `minivlm.model.llava.Llava`, in float32."""
+    """Every tensor that transformers saves for `config`, in float32, under its name in `minivlm.model.llava.Llava`."""
     generator = torch.Generator().manual_seed(seed)
     return {name: _random(name, shape, generator) for name, shape in shapes(config)}
 
 
 def on_disk(name: str, layout: str) -> str:
-    """The name a tensor has in a key layout."""
+    """The name that a tensor of `minivlm.model.llava.Llava` has in a checkpoint of the given layout."""
     for ours, theirs in _PREFIXES[layout].items():
         if name.startswith(ours):
             return theirs + name[len(ours) :]
@@ -148,11 +148,12 @@ def on_disk(name: str, layout: str) -> str:
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
-    """model.safetensors, or `shards` files and their index."""
+    """Write model.safetensors or, for several `shards`, as many files and their index."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return
-    names, index = list(tensors), {}
+    names = list(tensors)
+    index: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
@@ -163,7 +164,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> Non
 
 
 def build_tokenizer(family: str) -> Tokenizer:
-    """A byte-level tokenizer for Llama 3, one with byte fallback for the others; `<image>` comes last but one."""
+    """A byte-level tokenizer for Llama 3, one with byte fallback for the others. The last tokens are <image>, <pad>."""
     if family == "next-llama3":
         vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -173,29 +174,16 @@ def build_tokenizer(family: str) -> Tokenizer:
         bos = "<|begin_of_text|>"
     else:
         pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
-        merges = [
-            ("t", "h"),
-            ("th", "e"),
-            ("▁", "the"),
-            ("i", "n"),
-            ("▁", "a"),
-            ("e", "r"),
-            ("▁", "w"),
-            ("o", "u"),
-            ("h", "a"),
-        ]
-        pieces += ["".join(pair) for pair in merges]
-        tokenizer = Tokenizer(
-            models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, unk_token="<unk>", byte_fallback=True)
-        )
+        pieces += ["".join(pair) for pair in _MERGES]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_MERGES, unk_token="<unk>", byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         special, bos = ["<unk>", "<s>", "</s>"], "<s>"
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in [*special, "<image>", "<pad>"]]
-    )
+    special += ["<image>", "<pad>"]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
@@ -203,7 +191,7 @@ def build_tokenizer(family: str) -> Tokenizer:
 
 
 def write_tokenizer(folder: Path, family: str, generation: str = "old") -> None:
-    """tokenizer.json, its config, and the chat template where `generation` puts it."""
+    """Write tokenizer.json, its configuration, and the chat template, in the file where `generation` has it."""
     build_tokenizer(family).save(str(folder / "tokenizer.json"))
     llama3 = family == "next-llama3"
     settings = {
@@ -222,8 +210,9 @@ def write_tokenizer(folder: Path, family: str, generation: str = "old") -> None:
 
 
 def write_processor(folder: Path, config: dict, generation: str = "old") -> None:
-    """The image processor's settings: preprocessor_config.json, or nested in processor_config.json."""
-    is_next, side = config["model_type"] == "llava_next", config["vision_config"]["image_size"]
+    """Write the image processor's settings as preprocessor_config.json, or as a part of processor_config.json."""
+    is_next = config["model_type"] == "llava_next"
+    side = config["vision_config"]["image_size"]
     images = {
         "image_processor_type": "LlavaNextImageProcessor" if is_next else "CLIPImageProcessor",
         "do_resize": True,
@@ -255,70 +244,85 @@ def write_processor(folder: Path, config: dict, generation: str = "old") -> None
 
 
 def dump(path: Path, content: object) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(content, indent=2))
 
 
-def shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name (as `minivlm.model.llava.Llava` has it) and shape of every tensor that transformers saves."""
-    text, vision = config["text_config"], config["vision_config"]
-    width, inner = vision["hidden_size"], vision["intermediate_size"]
+Shape = tuple[str, tuple[int, ...]]  # the name of a tensor, and its shape
 
-    def linear(name: str, out: int, into: int, bias: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.weight", (out, into)
-        if bias:
-            yield f"{name}.bias", (out,)
 
-    yield "vision_tower.embeddings.class_embedding", (width,)
-    yield "vision_tower.embeddings.patch_embedding.weight", (width, 3, vision["patch_size"], vision["patch_size"])
-    yield (
-        "vision_tower.embeddings.position_embedding.weight",
-        ((vision["image_size"] // vision["patch_size"]) ** 2 + 1, width),
-    )
-    for norm in ("pre_layrnorm", "post_layernorm"):
-        yield f"vision_tower.{norm}.weight", (width,)
-        yield f"vision_tower.{norm}.bias", (width,)
+def shapes(config: dict) -> Iterator[Shape]:
+    """The shape of every tensor that transformers saves, with its name in `minivlm.model.llava.Llava`."""
+    yield from _tower_shapes(config["vision_config"])
+    layers = config["vision_feature_layer"]
+    num_features = len(layers) if isinstance(layers, list) else 1
+    hidden = config["text_config"]["hidden_size"]
+    yield from _linear("multi_modal_projector.linear_1", hidden, num_features * config["vision_config"]["hidden_size"])
+    yield from _linear("multi_modal_projector.linear_2", hidden, hidden)
+    if config["model_type"] == "llava_next":
+        yield "image_newline", (hidden,)
+    yield from _decoder_shapes(config["text_config"])
+
+
+def _tower_shapes(vision: dict) -> Iterator[Shape]:
+    width = vision["hidden_size"]
+    inner = vision["intermediate_size"]
+    patch = vision["patch_size"]
+    embeddings = "vision_tower.embeddings"
+    yield f"{embeddings}.class_embedding", (width,)
+    yield f"{embeddings}.patch_embedding.weight", (width, 3, patch, patch)
+    yield f"{embeddings}.position_embedding.weight", ((vision["image_size"] // patch) ** 2 + 1, width)
+    yield from _norm("vision_tower.pre_layrnorm", width)
+    yield from _norm("vision_tower.post_layernorm", width)
     for i in range(vision["num_hidden_layers"]):
         layer = f"vision_tower.encoder.layers.{i}"
         for proj in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from linear(f"{layer}.self_attn.{proj}", width, width)
-        for norm in ("layer_norm1", "layer_norm2"):
-            yield f"{layer}.{norm}.weight", (width,)
-            yield f"{layer}.{norm}.bias", (width,)
-        yield from linear(f"{layer}.mlp.fc1", inner, width)
-        yield from linear(f"{layer}.mlp.fc2", width, inner)
+            yield from _linear(f"{layer}.self_attn.{proj}", width, width)
+        yield from _norm(f"{layer}.layer_norm1", width)
+        yield from _norm(f"{layer}.layer_norm2", width)
+        yield from _linear(f"{layer}.mlp.fc1", inner, width)
+        yield from _linear(f"{layer}.mlp.fc2", width, inner)
 
-    hidden, heads = text["hidden_size"], text["num_attention_heads"]
-    head_dim = text.get("head_dim") or hidden // heads
+
+def _decoder_shapes(text: dict) -> Iterator[Shape]:
+    hidden = text["hidden_size"]
+    inner = text["intermediate_size"]
+    head_dim = text.get("head_dim") or hidden // text["num_attention_heads"]
+    q_size = text["num_attention_heads"] * head_dim
     kv_size = text["num_key_value_heads"] * head_dim
-    layers = config["vision_feature_layer"]
-    yield from linear(
-        "multi_modal_projector.linear_1", hidden, width * (len(layers) if isinstance(layers, list) else 1)
-    )
-    yield from linear("multi_modal_projector.linear_2", hidden, hidden)
-    if config["model_type"] == "llava_next":
-        yield "image_newline", (hidden,)
     yield "language_model.embed_tokens.weight", (text["vocab_size"], hidden)
     for i in range(text["num_hidden_layers"]):
         layer = f"language_model.layers.{i}"
-        yield from linear(f"{layer}.self_attn.q_proj", heads * head_dim, hidden, bias=False)
-        yield from linear(f"{layer}.self_attn.k_proj", kv_size, hidden, bias=False)
-        yield from linear(f"{layer}.self_attn.v_proj", kv_size, hidden, bias=False)
-        yield from linear(f"{layer}.self_attn.o_proj", hidden, heads * head_dim, bias=False)
-        yield from linear(f"{layer}.mlp.gate_proj", text["intermediate_size"], hidden, bias=False)
-        yield from linear(f"{layer}.mlp.up_proj", text["intermediate_size"], hidden, bias=False)
-        yield from linear(f"{layer}.mlp.down_proj", hidden, text["intermediate_size"], bias=False)
+        yield f"{layer}.self_attn.q_proj.weight", (q_size, hidden)
+        yield f"{layer}.self_attn.k_proj.weight", (kv_size, hidden)
+        yield f"{layer}.self_attn.v_proj.weight", (kv_size, hidden)
+        yield f"{layer}.self_attn.o_proj.weight", (hidden, q_size)
+        yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
+        yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
+        yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
         yield f"{layer}.input_layernorm.weight", (hidden,)
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)
     yield "language_model.norm.weight", (hidden,)
     yield "lm_head.weight", (text["vocab_size"], hidden)
 
 
+def _linear(name: str, out: int, into: int) -> Iterator[Shape]:
+    yield f"{name}.weight", (out, into)
+    yield f"{name}.bias", (out,)
+
+
+def _norm(name: str, width: int) -> Iterator[Shape]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Uniform, wide enough that attention is uneven and greedy tokens vary; norms' weights lie around one."""
+    """A uniform tensor, wide enough that attention is uneven and greedy tokens vary."""
     noise = (torch.rand(shape, generator=generator) - 0.5) * math.sqrt(12)  # standard deviation 1
-    if "norm" in name:
+    if "norm" in name:  # scales are around one
         return 0.2 * noise + (1.0 if name.endswith(".weight") else 0.0)
     if name.endswith(".bias"):
         return 0.1 * noise
     fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
-    return noise * (0.5 if ("embed" in name and "patch" not in name) or fan_in == 1 else 1.5 / math.sqrt(fan_in))
+    is_embedding = "embed" in name and "patch" not in name
+    return noise * (0.5 if is_embedding or fan_in == 1 else 1.5 / math.sqrt(fan_in))
