@@ -21,7 +21,7 @@ from safetensors import safe_open
 from cli_helpers import call, script
 from eval.accuracy.tasks import GROUPS, TASKS
 from eval.demo.pages import draw_page
-from minivlm.cache.settings import REGISTRY
+from minivlm.cache.policies import PRESETS
 from paths import ROOT
 from weights import DEMO
 
@@ -101,7 +101,11 @@ def test_the_readme_opens_with_what_a_newcomer_needs():
 
 @pytest.mark.parametrize("line", commands())
 def test_commands(line, clone, monkeypatch):
-    out, err = run_line(line, monkeypatch, stdin="What is the tax?\nWhat is the account?\n" if "--chat" in line else "")
+    out, err = run_line(
+        line,
+        monkeypatch,
+        stdin="What is the tax?\nWhat is the account?\n" if "--chat" in line else "",
+    )
     words = shlex.split(line)
     given = {flag: value for flag, value in pairwise(words) if flag.startswith("--")}
     assert "error" not in err
@@ -173,7 +177,7 @@ def test_flags(document):
     known |= set(re.findall(r"--[a-z0-9_]+", call(script("generate").main, "--help").out))
     for folder in ("minivlm", "eval", "scripts"):
         for source in (ROOT / folder).rglob("*.py"):
-            defined = re.findall(r'(?:flag|spellings)\(\s*"([a-z0-9_]+)"', source.read_text(encoding="utf-8"))
+            defined = re.findall(r'(?:flag|switch|spellings)\(\s*"([a-z0-9_]+)"', source.read_text(encoding="utf-8"))
             known |= {f"--{flag}" for flag in defined}
     named = re.findall(r"--[a-z][a-z0-9_]*[a-z0-9](?![\w*])", document.read_text(encoding="utf-8"))  # not `--text_*`
     assert set(named) <= known
@@ -181,7 +185,7 @@ def test_flags(document):
 
 def test_policies():
     table = README[README.index("## KV policies") : README.index("## Measuring")]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(REGISTRY)
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(PRESETS)
 
 
 def test_what_the_bundled_checkpoint_holds():
