@@ -1,12 +1,12 @@
 """What attention looks at while a model answers: the analysis behind A-VL (AAAI 2025, arXiv 2409.14846), on any pages.
 
-- Concordance: |T1 and T2| / (p · N) of two attention rows over N vision tokens, T the top p · N of each.  Between the
+- Concordance: |T1 and T2| / (p · N) of two attention rows over N vision tokens, T the top p · N of each. Between the
   layers of a step it says how alike layers are (the paper: low, heterogeneity), between steps of a layer how fast a
-  layer's choice moves (high for near steps, continuity).  Two random rows have p.
+  layer's choice moves (high for near steps, continuity). Two random rows have p.
 - Decay: the attention that a text token gets, by its age in text tokens.
 - Mass: the shares of attention on system prefix, vision and text, by step.
 
-A row is the mean over all query heads of the attention of a step's last query.  Step 0 is the last token of the prompt.
+A row is the mean over all query heads of the attention of a step's last query. Step 0 is the last token of the prompt.
 Nothing is evicted: the model runs on the full cache.
 """
 
@@ -110,7 +110,7 @@ def watch(vlm: VLM, prompt: str, image: Image.Image, max_new_tokens: int) -> Pag
 def concordance(rows: Tensor, share: float) -> Tensor:
     """The concordance index [R, R] of each two of the rows [R, N]: of their top int(share · N), the part they have in common.
 
-    Ties go to the lower index.  Raises `UserError` where int(share · N) is 0.
+    Ties go to the lower index. Raises `UserError` where int(share · N) is 0.
     """
     count = int(share * rows.shape[-1])
     if count < 1:

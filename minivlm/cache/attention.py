@@ -1,7 +1,7 @@
 """Attention without an attention matrix: fused outputs and, apart from them, the weights of the few queries that score.
 
-Nothing here ever holds S x S weights.  Prefill goes through fused kernels; weights are computed for at most
-`QUERY_BLOCK` queries at a time.  Decode has two implementations of one interface: `decode_plain`, to read and to run
+Nothing here ever holds S x S weights. Prefill goes through fused kernels; weights are computed for at most
+`QUERY_BLOCK` queries at a time. Decode has two implementations of one interface: `decode_plain`, to read and to run
 eagerly, slices what is live; `decode_static` has fixed shapes for `torch.compile`, which fuses it into one pass over
 keys and one over values (on a CPU 2 to 4 times faster than SDPA with a single query).
 """
@@ -30,7 +30,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def prefill_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of S new tokens that see everything earlier and themselves causally.
 
-    q [1, H, S, D]; k, v [1, H_kv, P + S, D], the P earlier entries first.  A mask is built for one block of queries at
+    q [1, H, S, D]; k, v [1, H_kv, P + S, D], the P earlier entries first. A mask is built for one block of queries at
     a time.
     """
     new, past = q.shape[2], k.shape[2] - q.shape[2]
@@ -57,7 +57,7 @@ def weights(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     """Attention weights of a few queries of one sequence, in float32, summed over each group of query heads.
 
     q [H, R, D] with R <= QUERY_BLOCK, k [H_kv, M, D]; query r sees the first visible[r] columns, the others get exactly
-    0.  Returns [H_kv, R, M].
+    0. Returns [H_kv, R, M].
     """
     heads, count, dim = q.shape
     kv_heads, columns, _ = k.shape
@@ -83,7 +83,7 @@ def decode_plain(
     """One query per row over the row's live slots, row by row.
 
     q [B, H, 1, D]; k, v [B, H_kv, slots, D]; spans[b] = (first, end) of the live slots, of which only those marked in
-    core [B, slots] take part, if it is given.  Returns the output [B, H, 1, D] and, if wanted, the weights in float32
+    core [B, slots] take part, if it is given. Returns the output [B, H, 1, D] and, if wanted, the weights in float32
     summed over each group of query heads, [B, H_kv, slots].
     """
     batch, heads, _, dim = q.shape
@@ -103,7 +103,7 @@ def decode_plain(
 
 
 def decode_static(q: Tensor, k: Tensor, v: Tensor, live: Tensor, want_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """The same with fixed shapes: `live` [B, slots] says which slots count.  To be compiled.
+    """The same with fixed shapes: `live` [B, slots] says which slots count. To be compiled.
 
     The values of slots without weight, dead ones among them, are selected away: 0 x NaN is NaN.
     """

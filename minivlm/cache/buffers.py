@@ -14,9 +14,9 @@ from minivlm.cache.slots import SlotLayout, first_slots
 
 
 class LayerBuffers:
-    """Static tensors of one layer.  Their slots are laid out as `SlotLayout` says.
+    """Static tensors of one layer. Their slots are laid out as `SlotLayout` says.
 
-    `scored`: a token budget keeps a score of each tail entry.  `indexed`: `core_slots` lists the slots left of the
+    `scored`: a token budget keeps a score of each tail entry. `indexed`: `core_slots` lists the slots left of the
     tail that a core step reads, for a device that gathers.
     """
 
@@ -43,7 +43,7 @@ class LayerBuffers:
         self.score = zeros(batch, kv_heads, slots - tail_start) if scored else None  # of tail entries
         self.vision_attn = zeros(batch, tail_start)  # of the last refresh, mean over query heads
         # 1 for the slots of a core step: the core, the system prefix, and everything from `tail_start` on; 0 for the
-        # other vision entries.  Float, because a CPU makes a slower loop of a bool mask.
+        # other vision entries. Float, because a CPU makes a slower loop of a bool mask.
         self.in_core = zeros(batch, slots)
         self.core_slots = zeros(batch, self.layout.core_slots, of=torch.int64) if indexed else None
         self.write_slot = zeros(batch, kv_heads, of=torch.int64)  # where the next token goes
@@ -61,7 +61,7 @@ class LayerBuffers:
         )
 
     def arrange(self, counts: Sequence[EntryCounts]) -> None:
-        """Set the bounds of each row.  The caller writes the entries, and which of them are the core."""
+        """Set the bounds of each row. The caller writes the entries, and which of them are the core."""
         self.counts = counts
         start = self.layout.tail_start
         bounds = [(start - row.fixed, start - row.system, row.core) for row in counts]
@@ -104,7 +104,7 @@ class LayerBuffers:
         self.in_core[row, vision] = core.float()
 
     def list_core(self) -> None:
-        """Bring `core_slots` up to date with `in_core`.  After a row's last slot, slot 0 is repeated."""
+        """Bring `core_slots` up to date with `in_core`. After a row's last slot, slot 0 is repeated."""
         if self.core_slots is not None:
             in_core = self.in_core[:, : self.layout.tail_start] > 0
             self.core_slots.copy_(first_slots(in_core, self.core_slots.shape[1]))

@@ -1,6 +1,6 @@
 """What the host knows of each sequence: counts and positions, as Python integers.
 
-Everything here follows from the prompt, the policy's counts and the room for the answer, before any layer runs.  So
+Everything here follows from the prompt, the policy's counts and the room for the answer, before any layer runs. So
 buffers can be sized at prefill, and a decode step needs no word from the device.
 """
 

@@ -1,8 +1,8 @@
 """The decode pass: one token of each row, against everything that takes part in a step of its kind.
 
 A step writes its token into the slot that the previous step's eviction freed, or into the next unused one, attends, and
-only then chooses its own victim.  Everything that depends on the step is read from tables by a tensor, so a step
-neither allocates nor waits for the device.  Rows that have finished write nothing.
+only then chooses its own victim. Everything that depends on the step is read from tables by a tensor, so a step
+neither allocates nor waits for the device. Rows that have finished write nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The KV cache: its life in turns and steps.
 
-A turn is a prefill and the decode steps of its answer.  `prefill` plans the turn and returns the passes that the
+A turn is a prefill and the decode steps of its answer. `prefill` plans the turn and returns the passes that the
 decoder runs against; then, step by step, `next_kind` says what the next step is, `decode` gives its pass, and
 `finish_step` counts it (`minivlm.generation.steps.decode_step` does all that in one call).
 """
@@ -24,10 +24,10 @@ from minivlm.model.config import TextConfig
 class KVCache(CacheState):
     """Keys and values of a batch of sequences in every layer, under one policy.
 
-    `samples` are the sequences' numbers, by which random policies draw.  `static`: decode steps have fixed shapes, for
-    `torch.compile`; otherwise they slice what is live.  `gather`: a static core step reads its entries by index and no
+    `samples` are the sequences' numbers, by which random policies draw. `static`: decode steps have fixed shapes, for
+    `torch.compile`; otherwise they slice what is live. `gather`: a static core step reads its entries by index and no
     others, which is fast on a GPU and slow on a CPU; there a step passes over everything that was kept and gives the
-    rest no weight.  None chooses by the device.
+    rest no weight. None chooses by the device.
     """
 
     prefill_pass: type[PrefillPass] = PrefillPass
@@ -47,7 +47,7 @@ class KVCache(CacheState):
         self.reset(samples)
 
     def reset(self, samples: Sequence[int]) -> None:
-        """Forget all entries.  As many new sequences as before use the buffers again, where they fit."""
+        """Forget all entries. As many new sequences as before use the buffers again, where they fit."""
         self.sequences = [SequenceState(sample) for sample in samples]
         self.turns = 0
         self.step_kinds = []
@@ -58,8 +58,8 @@ class KVCache(CacheState):
     ) -> list[PrefillPass]:
         """Begin a turn, with room for `max_new_tokens` >= 1: the passes over its new tokens, to be run in this order.
 
-        is_vision holds one bool tensor [S] per sequence, on the CPU.  An answer's last token is never stored, so in a
-        later turn it comes first.  A pass takes `rows_at_once` rows; None: all.  A later turn takes all, because old
+        is_vision holds one bool tensor [S] per sequence, on the CPU. An answer's last token is never stored, so in a
+        later turn it comes first. A pass takes `rows_at_once` rows; None: all. A later turn takes all, because old
         entries share buffers.
 
         Raises `UserError` if the new tokens leave the model's context or the policy's counts are infeasible; the cache

@@ -1,20 +1,20 @@
 """The contract of a KV policy: what a policy may decide, and what the cache tells it.
 
-A policy is made of parts.  Each part answers a few questions; the cache asks them, stores what follows, and knows
-nothing else about the policy.  The decoder knows only the cache.
+A policy is made of parts. Each part answers a few questions; the cache asks them, stores what follows, and knows
+nothing else about the policy. The decoder knows only the cache.
 
 - `VisionSelection`: which image entries a layer keeps after prefill, for all heads alike, and which of them are its
-  core.  A-VL, random eviction, key norms.
+  core. A-VL, random eviction, key norms.
 - `TokenBudget`: how many entries each head may hold, and which it evicts, at prefill and at every decode step, of the
-  text alone or of everything.  H2O, StreamingLLM, SnapKV, PyramidKV.
-- `PromptFilter`: which image tokens are computed no further after some layer of the prefill.  FastV, PyramidDrop.
-- `InputFilter`: which image tokens enter the decoder at all.  DivPrune.
+  text alone or of everything. H2O, StreamingLLM, SnapKV, PyramidKV.
+- `PromptFilter`: which image tokens are computed no further after some layer of the prefill. FastV, PyramidDrop.
+- `InputFilter`: which image tokens enter the decoder at all. DivPrune.
 
 Selections and budgets may differ from layer to layer: give a tuple with one part for each layer.
 
 Counts are known before the first layer runs, so that buffers have a fixed size: they may depend on the layer and on
-the prompt's numbers, never on what the attention looks like.  They are `int()` of Python doubles, relative to the
-original prompt, as in the code of A-VL's authors.  Scores are float32; the higher stays, ties go to the lower position.
+the prompt's numbers, never on what the attention looks like. They are `int()` of Python doubles, relative to the
+original prompt, as in the code of A-VL's authors. Scores are float32; the higher stays, ties go to the lower position.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class VisionCounts(NamedTuple):
 
 
 class Entries:
-    """Some entries of a layer as a policy sees them.  Keys and values are copied out only when they are asked for.
+    """Some entries of a layer as a policy sees them. Keys and values are copied out only when they are asked for.
 
     At prefill the leading dimensions are [H_kv, n], n entries of one sequence in the order of the tokens; at a decode
     step they are [B, H_kv, 1], the token of this step.
@@ -100,7 +100,7 @@ class VisionSelection(Protocol):
         """Decode steps from one choice of the core to the next; at 0 or less, and at 1, the core is never used."""
 
     def counts(self, prompt: Prompt) -> VisionCounts:
-        """How many entries stay, and how many of them are the core.  Raises `UserError` if that is infeasible."""
+        """How many entries stay, and how many of them are the core. Raises `UserError` if that is infeasible."""
 
     def scores(self, candidates: Candidates) -> Tensor:
         """Scores [n] by which entries stay."""
@@ -121,7 +121,7 @@ class TokenBudget(Protocol):
         """How many entries may stay, and how many of those are protected for being the most recent.
 
         `prompt` counts the tokens (of those the budget is over) that the sequence had when the prefill of this turn
-        ended, earlier turns included; `answer` those of this turn's answer so far.  The first number must not fall
+        ended, earlier turns included; `answer` those of this turn's answer so far. The first number must not fall
         while `answer` grows, and a step evicts at most one entry.
         """
 
@@ -157,7 +157,7 @@ class PromptFilter(Protocol):
         """The first layer that sees only the survivors, 1 ... number of layers."""
 
     def keep(self, prompt: Prompt) -> int:
-        """How many of the prompt's image tokens go on.  Raises `UserError` if that is infeasible."""
+        """How many of the prompt's image tokens go on. Raises `UserError` if that is infeasible."""
 
     def scores(self, candidates: Candidates) -> Tensor:
         """Scores [n] of the image tokens that are still there, from the layer before."""
@@ -167,7 +167,7 @@ class InputFilter(Protocol):
     """Which image tokens of a prompt enter the decoder."""
 
     def keep(self, prompt: Prompt) -> int:
-        """How many do.  Raises `UserError` if that is infeasible."""
+        """How many do. Raises `UserError` if that is infeasible."""
 
     def scores(self, embeds: Tensor, count: int) -> Tensor:
         """Scores [N] of the image tokens, from their embeddings [N, C]; `count` of them will go on."""

@@ -1,7 +1,7 @@
 """The prefill pass: attend, score, choose, compact, one layer at a time.
 
-Each layer's entries are chosen and moved into that layer's buffers before the next layer runs.  So at its peak prefill
-holds the compact cache and the keys and values of one layer, never the full cache.  Later turns of a conversation come
+Each layer's entries are chosen and moved into that layer's buffers before the next layer runs. So at its peak prefill
+holds the compact cache and the keys and values of one layer, never the full cache. Later turns of a conversation come
 through here as well: their queries see everything that was kept and themselves causally, and only new image tokens are
 up for choice.
 """
@@ -223,7 +223,7 @@ class PrefillPass:
         # 3. The entries of the tail that stay in each head.
         tail_by_head, score = self._choose_tail(columns, q, tail, layer_idx, i)
 
-        # 4. All of them into place.  `gather` writes there directly: no second copy of what stays.
+        # 4. All of them into place. `gather` writes there directly: no second copy of what stays.
         index = torch.cat((fixed.expand(len(columns.k), -1), tail_by_head), dim=1)  # [H_kv, n]
         window = buffers.layout.prefilled(counts)
         by_channel = index[..., None].expand(-1, -1, columns.k.shape[2])  # [H_kv, n, D]

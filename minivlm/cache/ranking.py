@@ -27,7 +27,7 @@ def best_first(scores: Tensor, positions: Tensor) -> Tensor:
 def best_of(scores: Tensor, count: Tensor) -> Tensor:
     """A mask of the `count` [..., 1] best of float32 scores [..., n]; ties to the lower index, never a negative score.
 
-    The bits of scores from 0 up are ordered as they are.  The count-th largest is found bit by bit: 31 counts over all
+    The bits of scores from 0 up are ordered as they are. The count-th largest is found bit by bit: 31 counts over all
     rows at once, and no sort.
     """
     bits = scores.view(torch.int32)

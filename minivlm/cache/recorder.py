@@ -1,6 +1,6 @@
 """Watching a cache from outside: which entries were evicted when, and which were the core.
 
-An observer is shown the cache after the prefill and after every step.  The cache knows nothing of it.
+An observer is shown the cache after the prefill and after every step. The cache knows nothing of it.
 """
 
 from __future__ import annotations

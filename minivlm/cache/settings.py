@@ -1,7 +1,7 @@
 """The settings of a KV policy: plain numbers in a frozen dataclass, from whose fields the command-line flags are made.
 
 Every policy has its own subclass of `CacheSettings`, in the policy's file: it adds the policy's numbers and builds its
-parts.  Flags keep the spelling of the A-VL authors' code where they come from there.
+parts. Flags keep the spelling of the A-VL authors' code where they come from there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minivlm.errors import UserError
 def setting(default: Any, text: str, *, flag: str | None = None, value_type: type | None = None) -> Any:
     """A field of a settings class that becomes a command-line flag.
 
-    `text` is its help.  The flag is called like the field unless `flag` says otherwise; its values have the type of
+    `text` is its help. The flag is called like the field unless `flag` says otherwise; its values have the type of
     the default unless `value_type` says otherwise (it has to where the default is None).
     """
     return field(default=default, metadata={"flag": flag, "type": value_type or type(default), "help": text})

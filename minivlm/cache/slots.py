@@ -5,8 +5,8 @@ A row (one sequence) of a layer is laid out around one fixed slot, `tail_start`:
     ... | vision | system | tail: text, or everything that a whole-cache budget decides over | free ...
         ^ vision_start    ^ tail_start                                          first unused slot ^
 
-What stands left of `tail_start` is aligned to it and never moves; the tail grows to the right.  So the live entries of
-a row are one window of slots, and lengths take the place of masks.  A slot says nothing about a position.
+What stands left of `tail_start` is aligned to it and never moves; the tail grows to the right. So the live entries of
+a row are one window of slots, and lengths take the place of masks. A slot says nothing about a position.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SlotLayout:
     def live(self, row: EntryCounts, tail: int, write_slot: Tensor) -> Tensor:
         """Slots [H_kv, n] of a row's entries, `tail` of them in the tail, in the order of the layout.
 
-        write_slot [H_kv] is where the next token goes.  If the last step evicted, that slot is a hole inside the tail;
+        write_slot [H_kv] is where the next token goes. If the last step evicted, that slot is a hole inside the tail;
         then the entry in the last used slot counts in its place.
         """
         device = write_slot.device

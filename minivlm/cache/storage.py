@@ -1,8 +1,8 @@
 """A KV cache on disk: saved in the middle of an answer, it goes on elsewhere exactly as it would have gone on here.
 
-One safetensors file.  Its tensors are the layers' buffers as they are, dead slots included, and what the host knows of
-each sequence; its metadata are the policy with all its numbers, the decoder's configuration, and counters.  Step tables
-and bounds follow from these and are made anew.  A file is not trusted: whatever a step would index with is checked.
+One safetensors file. Its tensors are the layers' buffers as they are, dead slots included, and what the host knows of
+each sequence; its metadata are the policy with all its numbers, the decoder's configuration, and counters. Step tables
+and bounds follow from these and are made anew. A file is not trusted: whatever a step would index with is checked.
 """
 
 from __future__ import annotations

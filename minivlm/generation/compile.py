@@ -1,8 +1,8 @@
 """torch.compile: the decode step, one graph for each kind, reused for every token and prompt; the prefill's blocks.
 
 Everything that changes from step to step is a tensor, buffers come in buckets of slots, and a policy's kinds of steps
-are told apart by one string.  So a graph is built once for each kind, batch size and bucket, and one more chooses the
-cores after a refresh.  On CUDA the graphs are recorded (CUDA graphs); on a CPU inductor fuses the single-query
+are told apart by one string. So a graph is built once for each kind, batch size and bucket, and one more chooses the
+cores after a refresh. On CUDA the graphs are recorded (CUDA graphs); on a CPU inductor fuses the single-query
 attention into one pass over keys and values.
 """
 
@@ -48,7 +48,7 @@ def compiled_blocks(model: Llava) -> Llava:
     """The model, on the same parameters, with compiled blocks: the vision tower's layers, and what comes before and
     after attention in the decoder's.
 
-    All layers share a block's graph, which serves every length; what the cache does in between stays eager.  To be run
+    All layers share a block's graph, which serves every length; what the cache does in between stays eager. To be run
     under `graph_limit`, and not to be copied: a copy would run this one's blocks.
     """
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})

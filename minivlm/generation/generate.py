@@ -1,7 +1,7 @@
 """One turn of a batch: prefill, then the loop of decode steps.
 
-A `Generation` has prefilled once it is created; iterated, it yields the tokens of one step after another.  On a GPU the
-host reads a token while the next step already runs.  It never sees text.
+A `Generation` has prefilled once it is created; iterated, it yields the tokens of one step after another. On a GPU the
+host reads a token while the next step already runs. It never sees text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from minivlm.model.llava import Llava
 class Generation:
     """One turn: `input_ids` are the new tokens [S] of each sequence, `features` those of all their images, in order.
 
-    The prefill's time counts from `started` (`time.perf_counter`), for work done on the images before.  `step` is
-    `decode_step`, or the same compiled, for which the cache has to be static.  Raises `UserError` if the new tokens do
+    The prefill's time counts from `started` (`time.perf_counter`), for work done on the images before. `step` is
+    `decode_step`, or the same compiled, for which the cache has to be static. Raises `UserError` if the new tokens do
     not fit the model's context.
     """
 

@@ -13,7 +13,7 @@ from minivlm.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy.  Raises `UserError` for values out of range."""
+    """How tokens are chosen; temperature 0 is greedy. Raises `UserError` for values out of range."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0

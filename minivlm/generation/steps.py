@@ -1,6 +1,6 @@
 """Prefill and decode: a model and a cache, one step at a time.
 
-These are the only two ways through the decoder.  `decode_step` is a whole step; eager and compiled steps differ in
+These are the only two ways through the decoder. `decode_step` is a whole step; eager and compiled steps differ in
 nothing but its two callables.
 """
 
@@ -80,8 +80,8 @@ def decode_step(
 ) -> Tensor:
     """Feed one token [B] per sequence and return the next logits [B, V].
 
-    `stop` holds the ids [n] that end a sequence.  `forward` and `choose` may be compiled;
-    the cache then has to be static.  The choice of cores is a graph of its own: torch 2.11 miscompiles it inside the
+    `stop` holds the ids [n] that end a sequence. `forward` and `choose` may be compiled;
+    the cache then has to be static. The choice of cores is a graph of its own: torch 2.11 miscompiles it inside the
     step's.
     """
     kind = cache.next_kind

@@ -62,7 +62,7 @@ class VLM:
         sampling: Sampling = Sampling(),
         settings: CacheSettings = CacheSettings(),
     ) -> Answer:
-        """Answer one question.  Raises `UserError` for bad images, prompts and settings."""
+        """Answer one question. Raises `UserError` for bad images, prompts and settings."""
         return self.ask_batch([Request(prompt, images)], sampling=sampling, settings=settings)[0]
 
     def ask_batch(
@@ -149,7 +149,7 @@ class VLM:
 class Conversation:
     """Turns in one cache: what was said is neither computed nor tokenised again.
 
-    A turn that is refused, or interrupted before its answer begins, is forgotten and the conversation can go on.  Where
+    A turn that is refused, or interrupted before its answer begins, is forgotten and the conversation can go on. Where
     the cache was left half changed, the next turn computes the whole conversation anew.
     """
 

@@ -1,10 +1,9 @@
-"""The policy of docs/policies.md, run as it stands there."""
+"""The policy of docs/policies.md, run from a file as it stands there; and what files are refused as policies."""
 
 from __future__ import annotations
 
 import re
-import sys
-from types import ModuleType
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,12 @@ from avl_cases import tiny_model
 from cache_helpers import Player
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser
-from minivlm.cache import settings
-from minivlm.cache.policies import PRESETS
+from minivlm.cache import policies as shipped
+from minivlm.cache.accounting import full_bytes, live_bytes
+from minivlm.cache.policies.avl import AVLSettings
+from minivlm.cache.policy import Policy
 from minivlm.cache.prefill_pass import PrefillPass
+from minivlm.errors import UserError
 from paths import ROOT
 from policies import embed, prompt_ids
 
@@ -25,72 +27,124 @@ IDS = [prompt_ids(MODEL, 3, 30, 9), prompt_ids(MODEL, 2, 12, 20)]
 
 
 @pytest.fixture
-def tova(monkeypatch) -> ModuleType:
-    """The guide's file as a module, and its line in the registry."""
-    file, line = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert file.count("\n") < 100 and line.count("\n") == 1
-    module = ModuleType("minivlm.cache.tova")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(file, "docs/policies.md", "exec"), vars(module))
-    for name, preset in eval("{" + line + "}", {"Preset": settings.Preset, "tova": module}).items():
-        monkeypatch.setitem(PRESETS, name, preset)
-    return module
+def tova(tmp_path) -> Path:
+    """The guide's file."""
+    file, _ = python_blocks()
+    assert file.count("\n") < 45
+    path = tmp_path / "tova.py"
+    path.write_text(file)
+    return path
 
 
-def policy_of(line: str):
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+
+
+def policy_of(file: Path, line: str = "") -> Policy:
+    words = ["--policy_file", str(file), *line.split()]
     parser = Parser("")
-    policy_flags.add_arguments(parser)
-    return policy_flags.from_args(parser.parse_args(line.split())).build(2)
+    policy_flags.add_arguments(parser, words)
+    return policy_flags.from_args(parser.parse_args(words)).build(2)
 
 
-def play(static: bool, poison: bool = False) -> Player:
-    player = Player(MODEL, policy_of("--policy tova --kv_budget 0.25"), batch=2, static=static, poison=poison)
+def play(file: Path, static: bool, poison: bool = False) -> Player:
+    player = Player(MODEL, policy_of(file, "--kv_budget 0.25"), batch=2, static=static, poison=poison)
     player.turn(embed(MODEL, IDS), [ids == 47 for ids in IDS], 12)
     for step in range(11):
         player.step([10 + step, 30 + step])
     return player
 
 
-def test_it_holds_what_the_last_row_attends_to_most(tova, monkeypatch):
-    given, evicted, attend, score_step = [], [], PrefillPass.attend, tova.Tova.score_step
+def test_it_holds_what_the_last_query_attends_to_most(tova, monkeypatch):
+    policy = policy_of(tova, "--kv_budget 0.25")
+    budget = type(policy.budget)
+    projected, evicted, attend, score_step = [], [], PrefillPass.attend, budget.score_step
 
-    def attended(self, layer, q, k, v):
-        given.append((q, k))
-        return attend(self, layer, q, k, v)
+    def attended(self, layer_idx, q, k, v):
+        projected.append((q, k))
+        return attend(self, layer_idx, q, k, v)
 
-    def scored(self, scores, row, live, new):
-        weights = row.mean(dim=1).masked_fill(~live[:, 0], torch.inf)  # [B, slots]
-        evicted.append(weights.argmin(dim=1).tolist())
-        return score_step(self, scores, row, live, new)
+    def scored(self, scores, attn, live, new):
+        mean = attn.mean(dim=1).masked_fill(~live[:, 0], torch.inf)  # [B, slots]
+        evicted.append(mean.argmin(dim=1).tolist())
+        return score_step(self, scores, attn, live, new)
 
     monkeypatch.setattr(PrefillPass, "attend", attended)
-    monkeypatch.setattr(tova.Tova, "score_step", scored)
-    player = Player(MODEL, policy_of("--policy tova --kv_budget 0.25"), batch=2)
+    monkeypatch.setattr(budget, "score_step", scored)
+    player = Player(MODEL, policy, batch=2)
     player.turn(embed(MODEL, IDS), [ids == 47 for ids in IDS], 12)
-    for (q, k), layer in zip(given, range(2)):
-        for b, ids in enumerate(IDS):
+    for layer_idx, (q, k) in enumerate(projected):
+        for row, ids in enumerate(IDS):
             n = len(ids)
-            keys = k[b, :, :n].repeat_interleave(2, dim=0)  # [H, n, D]
-            row = (keys @ q[b, :, n - 1, :, None] / k.shape[-1] ** 0.5).softmax(dim=1).mean(dim=0)[:, 0]
-            assert player.held[0][b][layer] == [set(row.topk(n // 4).indices.tolist())] * 2
+            keys = k[row, :, :n].repeat_interleave(2, dim=0)  # [H, n, D]
+            scores = keys @ q[row, :, n - 1, :, None] / k.shape[-1] ** 0.5  # [H, n, 1]
+            mean = scores.softmax(dim=1).mean(dim=0)[:, 0]
+            assert player.held[0][row][layer_idx] == [set(mean.topk(n // 4).indices.tolist())] * 2
     for step in range(11):
-        evicts = player.cache.tables[1, :, step].tolist()
+        evicts = player.cache.tables[0][1, :, step].tolist()
         player.step([10 + step, 30 + step])
-        for i, layer in enumerate(player.cache.layers):
-            for b in range(2):
-                gone = int(layer.position[b, 0, layer.tail + evicted[i - 2][b]])
-                held = player.held[-2][b][i][0] | {player.seen[-1][b] - 1}
-                assert player.held[-1][b][i] == [held - {gone} if evicts[b] else held] * 2
+        for layer_idx, buffers in enumerate(player.cache.layers):
+            for row in range(2):
+                slot = buffers.layout.tail_start + evicted[layer_idx - 2][row]
+                gone = int(buffers.position[row, 0, slot])
+                held = player.held[-2][row][layer_idx][0] | {player.seen[-1][row] - 1}
+                assert player.held[-1][row][layer_idx] == [held - {gone} if evicts[row] else held] * 2
 
 
 def test_it_has_all_that_a_policy_has(tova):
     """Bytes within the share, the same from both decode implementations, and dead slots that do not matter."""
-    plain, static, poisoned = play(False), play(True), play(False, poison=True)
+    plain, static, poisoned = play(tova, False), play(tova, True), play(tova, False, poison=True)
     assert plain.held == static.held == poisoned.held
-    for a, b, c in zip(plain.logits, static.logits, poisoned.logits):
+    for a, b, c in zip(plain.logits, static.logits, poisoned.logits, strict=True):
         torch.testing.assert_close(b, a, atol=1e-4, rtol=0)
         assert torch.equal(a, c)
-    assert 0 < plain.live_bytes(cache) <= 0.25 * plain.full_bytes(cache)
-    assert policy_of("--policy tova").budget == tova.Tova(0.5)
-    with pytest.raises(settings.UserError, match="--policy tova decides over text and vision alike"):
-        policy_of("--policy tova --text_pruning_flag")
+    assert 0 < live_bytes(plain.cache) <= 0.25 * full_bytes(plain.cache)
+    assert policy_of(tova).name == "tova" and policy_of(tova).budget.share == 0.5
+    assert policy_of(tova, "--policy avl") == shipped.preset("avl").build(2)
+    with pytest.raises(UserError, match="--text_pruning_flag is not a setting of --policy tova"):
+        policy_of(tova, "--text_pruning_flag")
+
+
+def test_its_line_in_the_registry(tova):
+    _, line = python_blocks()
+    (defined,) = policy_flags.load_policy_file(tova).values()
+    presets = eval("{" + line + "}", {"Preset": shipped.Preset, "TovaSettings": defined.settings})
+    assert shipped.preset("tova", presets=presets, kv_budget=0.25).build(2).budget.share == 0.25
+    (small,) = re.findall(r'`("avl-small": .*?)`', GUIDE.read_text())
+    presets = eval("{" + small + "}", {"Preset": shipped.Preset, "AVLSettings": AVLSettings})
+    assert shipped.preset("avl-small", presets=presets).build(2).vision.rate == 0.9
+
+
+HEAD = "from dataclasses import dataclass\nfrom minivlm.cache import CacheSettings, setting\n"
+CLASS = HEAD + "@dataclass(frozen=True, kw_only=True)\nclass Mine(CacheSettings):\n"
+REFUSED = {
+    "no policy": ("x = 1\n", "defines 0 subclasses of CacheSettings"),
+    "two policies": (CLASS + "    policy: str = 'a'\nclass B(Mine): ...\n", "defines 2 subclasses of CacheSettings"),
+    "a name that is taken": (CLASS + "    policy: str = 'avl'\n", "the policy is called 'avl', which is taken"),
+    "no name": (CLASS + "    share: float = setting(0.5, 'share')\n", "the policy is called 'full', which is taken"),
+    "no Python": ("def:\n", "SyntaxError"),
+    "an error": ("1 / 0\n", "ZeroDivisionError: division by zero"),
+    "another type": (
+        CLASS + "    policy: str = 'm'\n    kv_budget: int = setting(1, 'x')\n",
+        "--kv_budget has another type",
+    ),
+    "no type of a flag": (CLASS + "    policy: str = 'm'\n    x: tuple = setting((), 'x')\n", "no type of a flag"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_are_refused(case, tmp_path):
+    text, complaint = REFUSED[case]
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError) as error:
+        policy_of(tmp_path / "mine.py")
+    assert complaint in str(error.value)
+
+
+def test_places_where_no_policy_is(tmp_path):
+    for path in (tmp_path, tmp_path / "none.py"):
+        with pytest.raises(UserError, match="no such file"):
+            policy_of(path)
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="not a Python file"):
+        policy_of(tmp_path / "mine.txt")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract_policies import DropSettings, PyramidWindowSettings
 from minivlm.cache.policies import preset
 from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.settings import CacheSettings
@@ -30,6 +31,8 @@ POLICIES: dict[str, CacheSettings] = {
     "fastv": preset("fastv"),
     "streaming": preset("streaming"),
     "random": preset("random", vision_interval=2, vision_compute_rate=0.8),
+    "pyramid window": PyramidWindowSettings(),
+    "drop": DropSettings(),
 }
 
 # How a decode step is run: options of the cache.

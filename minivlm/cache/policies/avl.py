@@ -1,7 +1,7 @@
 """A-VL: adaptive attention for large vision-language models (AAAI 2025, arXiv 2409.14846).
 
 Attention to an image stays, from few and slowly drifting places: each layer keeps its best image entries, and lets only
-a core of them take part between refreshes.  Attention to text fades: text entries are evicted in each head.  And the
+a core of them take part between refreshes. Attention to text fades: text entries are evicted in each head. And the
 least attended image tokens are computed no further after an early layer of the prefill.
 """
 
@@ -133,7 +133,7 @@ class TextHistory(TextBudget):
 class AVLSettings(CacheSettings):
     """The numbers of A-VL and its parts' switches, with the flags and defaults of the authors' code.
 
-    Rates are shares removed, in [0, 1].  Without any part this is the full cache.
+    Rates are shares removed, in [0, 1]. Without any part this is the full cache.
     """
 
     vision: bool = setting(False, "evict image entries after prefill", flag="vision_adaptive_attention")
