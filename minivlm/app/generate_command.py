@@ -27,7 +27,7 @@ from minivlm.inputs.images import load_image
 
 def main(arguments: Sequence[str], load: Callable[..., VLM]) -> None:
     """Run the command. `load` is `weights.load`, which this package may not import itself."""
-    # Images are read before the checkpoint is loaded, so that a mistake in one is told at once.
+    # Images are read before the checkpoint is loaded, so that a mistake in one is reported at once.
     args = parse(arguments)
     settings = policy_flags.from_args(args, args.seed)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
@@ -64,14 +64,10 @@ def answer_one(
     stream = vlm.stream(args.prompt, images, sampling=sampling, settings=settings, observer=recorder)
     interrupted = show(stream, args.stats)
     if recorder is not None:
-        if recorder.interval <= 1:
-            # Cores are chosen, as in the paper, but every step uses all entries.
-            recorder.cores.clear()
         page = draw_overlay(
             images,
             vlm.config,
             recorder,
-            recorder.vision_positions.tolist(),
             layer_idx=args.overlay_layer,
             step=args.overlay_step,
             settings=vlm.processor.image_settings,
@@ -86,6 +82,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.model_flags()
     add_question_flags(parser)
+    add_answer_flags(parser)
     add_output_flags(parser)
     policy_flags.add_arguments(parser, arguments)
     args = parser.parse_args(arguments)
@@ -94,7 +91,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def add_question_flags(parser: Parser) -> None:
-    """The flags that say what is asked and how the answer is made."""
+    """The flags that say what is asked."""
     parser.flag(
         "image",
         nargs="+",
@@ -110,6 +107,15 @@ def add_question_flags(parser: Parser) -> None:
         help="hold a conversation in one cache: --prompt first, then one question per line of "
         "standard input; the line `/image FILE` adds an image to the next question",
     )
+    parser.switch(
+        "pad_to_square",
+        default=None,
+        help="LLaVA-1.5: pad images to a square instead of cropping them (as the checkpoint says)",
+    )
+
+
+def add_answer_flags(parser: Parser) -> None:
+    """The flags that say how the answer is made."""
     parser.flag(
         "max_new_tokens",
         type=int,
@@ -136,11 +142,6 @@ def add_question_flags(parser: Parser) -> None:
         help="use torch.compile: slow at first, then faster; pays for long answers",
     )
     parser.flag("no_compile", dest="compile", action="store_false", help="run eagerly (the default)")
-    parser.switch(
-        "pad_to_square",
-        default=None,
-        help="LLaVA-1.5: pad images to a square instead of cropping them (as the checkpoint says)",
-    )
 
 
 def add_output_flags(parser: Parser) -> None:

@@ -132,29 +132,39 @@ def _grid_boxes(
     return [[box(*span_y, *span_x) for span_x in spans_x] for span_y in spans_y]
 
 
-def token_states(recorder: Recorder, vision_positions: Sequence[int], step: int | None = None) -> Tensor:
+def token_states(recorder: Recorder, step: int | None = None) -> Tensor:
     """Shares [L, 3, N] of the heads in which a token is evicted, secondary and core after `step`.
 
-    The N tokens are those at `vision_positions`. With `step` None, it is the last step that chose
-    cores or, if none did, the end of the recording. A policy without cores has no secondary tokens;
-    whatever it keeps counts as core. Raises `UserError` for a negative step.
+    The N tokens are the vision tokens of the recording. With `step` None, it is the last step that
+    chose cores or, if no step uses cores, the end of the recording. A policy without cores has no
+    secondary tokens; whatever it keeps counts as core. Raises `UserError` for a negative step.
     """
     if step is not None and step < 0:
         raise UserError(f"step is {step} (expected 0, the prefill, or more)")
-    assert recorder.fate is not None, "nothing was recorded"
-    vision = torch.tensor(vision_positions, dtype=torch.int64)
-    choices = [choice for choice in recorder.cores if step is None or choice[0] <= step]
+    vision = recorder.vision_positions  # [N]
+    choices = [choice for choice in used_cores(recorder) if step is None or choice[0] <= step]
     if choices and step is None:
         step = choices[-1][0]
     fate = recorder.fate[:, :, vision]  # [L, H_kv, N]
-    held = fate == HELD if step is None else (fate == HELD) | (fate > step)
-    kept = held.float().mean(dim=1)  # [L, N]
+    is_kept = fate == HELD
+    if step is not None:
+        is_kept |= fate > step  # evicted later
+    kept = is_kept.float().mean(dim=1)  # [L, N]
     core = kept
     if choices:
         core_positions = choices[-1][1]  # one [C] tensor per layer
         is_core = [torch.isin(vision, positions.long()) for positions in core_positions]
         core = kept * torch.stack(is_core)
     return torch.stack((1 - kept, kept - core, core), dim=1)
+
+
+def used_cores(recorder: Recorder) -> list[tuple[int, list[Tensor]]]:
+    """The choices of cores, if any step leaves out the other entries.
+
+    With an interval of 1 or less, cores are chosen, as in the paper, but every step uses all
+    entries; then there is nothing to tell apart.
+    """
+    return recorder.cores if recorder.interval > 1 else []
 
 
 def check_layer(layer_idx: int, num_layers: int) -> None:
@@ -167,7 +177,6 @@ def draw_overlay(
     images: Sequence[Image.Image],
     config: VLMConfig,
     recorder: Recorder,
-    vision_positions: Sequence[int],
     *,
     layer_idx: int | None = None,
     step: int | None = None,
@@ -175,16 +184,16 @@ def draw_overlay(
 ) -> Image.Image:
     """Paint the states after `step` over each image, as the mean of all layers and for one layer.
 
-    `vision_positions` are those of the vision tokens of all images, in prompt order. `layer_idx`
-    None is the middle layer; `step` is explained in `token_states` and `settings` in `token_boxes`.
-    Raises `UserError` for a layer or step that does not exist.
+    The images are those of the recorded prompt, in order. `layer_idx` None is the middle layer;
+    `step` is explained in `token_states` and `settings` in `token_boxes`. Raises `UserError` for a
+    layer or step that does not exist.
     """
     boxes = [token_boxes((image.height, image.width), config, settings) for image in images]
     counts = [len(image_boxes) for image_boxes in boxes]
-    if sum(counts) != len(vision_positions):
-        raise ValueError(f"{len(vision_positions)} vision tokens for images of {counts} tokens")
-    states = token_states(recorder, vision_positions, step)  # [L, 3, N]
-    num_layers = len(states)
+    states = token_states(recorder, step)  # [L, 3, N]
+    num_layers, _, num_tokens = states.shape
+    if sum(counts) != num_tokens:
+        raise ValueError(f"{num_tokens} vision tokens for images of {counts} tokens")
     if layer_idx is None:
         layer_idx = num_layers // 2
     check_layer(layer_idx, num_layers)
@@ -192,9 +201,9 @@ def draw_overlay(
         f"mean of {num_layers} layers": states.mean(dim=0),
         f"layer {layer_idx}": states[layer_idx],
     }
-    labels = {0: "evicted", 2: "kept"}
-    if recorder.cores:
-        labels = {0: "evicted", 1: "secondary", 2: "core"}
+    labels = {0: "evicted", 1: "secondary", 2: "core"}
+    if not used_cores(recorder):
+        labels = {0: "evicted", 2: "kept"}
 
     lines: list[list[Image.Image]] = []
     start = 0

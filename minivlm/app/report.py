@@ -7,10 +7,10 @@ from minivlm.generation.answers import Stats
 
 def describe_stats(stats: Stats) -> str:
     """Times, KV bytes by class compared to the full cache, and the entries a decode step used."""
-    held = stats.live_entries
+    live = stats.live_entries
     used = stats.entries_attended_per_step
-    total = sum(held.values())
-    by_class = ", ".join(f"{name} {count / total:.0%}" for name, count in held.items() if count)
+    total = sum(live.values())
+    by_class = ", ".join(f"{name} {count / total:.0%}" for name, count in live.items() if count)
     per_step = ", ".join(f"{name} {count:.1f}" for name, count in used.items() if count)
     if not stats.live_entries["vision secondary"]:
         # Without secondary entries there is no core to tell apart from them.

@@ -53,7 +53,12 @@ def trace(
         recorder.stepped(cache)
 
     all_logits = torch.cat(logits).float().cpu()  # [steps, V]
-    out = {"tokens": all_logits.argmax(dim=-1).int(), "logits": all_logits, "fate": recorder.fate}
+    return {"tokens": all_logits.argmax(dim=-1).int(), "logits": all_logits} | _recorded(recorder)
+
+
+def _recorded(recorder: Recorder) -> dict[str, Tensor]:
+    """What the recorder saw: when entries were evicted and, if the policy has them, cores."""
+    out = {"fate": recorder.fate}
     if recorder.kept:
         out["vision_kept"] = recorder.ordinals(recorder.kept).short()
     if recorder.cores:

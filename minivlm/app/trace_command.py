@@ -23,8 +23,7 @@ from minivlm.inputs.images import load_image
 
 def main(arguments: Sequence[str], load: Callable[..., VLM]) -> None:
     """Run the command. `load` is `weights.load`, which this package may not import itself."""
-    # Small files are read before the checkpoint is loaded, so that mistakes in them are told at
-    # once.
+    # Small files are read before the checkpoint is loaded, so that mistakes are reported at once.
     args = parse(arguments)
     settings = policy_flags.from_args(args, args.seed)
     images = [load_image(path) for path in args.image]
@@ -52,6 +51,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command's flags. Raises `UserError` for flags that are wrong or exclude each other."""
     parser = Parser(__doc__)
     parser.model_flags()
+    add_flags(parser)
+    policy_flags.add_arguments(parser, arguments)
+    args = parser.parse_args(arguments)
+    if (args.inputs is None) == (args.prompt is None) or (args.inputs and args.image):
+        raise UserError("expected either --inputs, or --prompt with --image")
+    if args.steps < 1:
+        raise UserError(f"--steps is {args.steps} (expected at least 1)")
+    expect_writable(args.out)
+    return args
+
+
+def add_flags(parser: Parser) -> None:
+    """The command's own flags."""
     parser.flag(
         "inputs",
         type=Path,
@@ -88,14 +100,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="OUT.safetensors",
         help="the trace; written completely or not at all",
     )
-    policy_flags.add_arguments(parser, arguments)
-    args = parser.parse_args(arguments)
-    if (args.inputs is None) == (args.prompt is None) or (args.inputs and args.image):
-        raise UserError("expected either --inputs, or --prompt with --image")
-    if args.steps < 1:
-        raise UserError(f"--steps is {args.steps} (expected at least 1)")
-    expect_writable(args.out)
-    return args
 
 
 def read_inputs(path: Path) -> dict[str, Tensor]:

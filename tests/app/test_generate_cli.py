@@ -304,17 +304,17 @@ def test_ctrl_c_ends_an_answer(endless):
 
 def test_ctrl_c_ends_a_turn_and_the_conversation_goes_on(endless):
     process = start("generate", "--model", endless, "--chat", "--max_new_tokens", 60000, "--stats")
-    told = []
+    lines = []
     for _ in range(2):
         process.stdin.write(b"Hi?\n")
         process.stdin.flush()
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
-        told += [process.stderr.readline().decode() for _ in range(4)]
+        lines += [process.stderr.readline().decode() for _ in range(4)]
         os.read(process.stdout.fileno(), 1 << 16)  # the rest of the answer, which ends in a line break
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, b"", b"")
-    (first, _), (second, _) = prefilled("".join(told))
+    (first, _), (second, _) = prefilled("".join(lines))
     assert second < first + 4  # only the new turn, although the answer before it was cut
 
 

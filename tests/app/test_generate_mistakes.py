@@ -1,4 +1,4 @@
-"""scripts/generate.py and its users' mistakes: flags, checkpoints, images and prompts, each told in one line."""
+"""scripts/generate.py and its users' mistakes with flags, checkpoints, images and prompts: each is one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import weights
 from cli_helpers import endless_model, generate, refused, write_pages
 from minivlm import Conversation
 
-SINGLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00003.safetensors"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +248,7 @@ def test_a_conversation_goes_on_after_a_budget_that_a_turn_cannot_meet(model, pa
 
 
 def test_a_mistake_in_a_conversation_is_no_mistake_of_the_model(model, monkeypatch):
-    """Only what a user can cause is told and passed over; a bug still ends the program with its traceback."""
+    """Only a user's mistake is reported and passed over; a bug still ends the program with a traceback."""
     monkeypatch.setattr(Conversation, "ask", lambda *_: (_ for _ in ()).throw(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         generate("--model", model, "--chat", stdin="Hi?\n")

@@ -145,28 +145,28 @@ def recording() -> Recorder:
     fate[1, :, [4, 5]] = NEVER
     fate[1, :, 6] = 0
     cores = [(0, [torch.tensor([6, 5]), torch.tensor([1, 2])]), (2, [torch.tensor([4, 6]), torch.tensor([2, 3])])]
-    return Recorder(fate, cores)
+    return Recorder(fate, cores, vision_positions=torch.arange(1, 7), interval=2)
 
 
 def test_states_of_the_cores():
-    evicted, secondary, core = token_states(recording(), range(1, 7)).unbind(dim=1)
+    evicted, secondary, core = token_states(recording()).unbind(dim=1)
     assert evicted.tolist() == [[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]
     assert core.tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
     assert secondary.tolist() == [[0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
     for step in (0, 1):
-        assert token_states(recording(), range(1, 7), step)[:, 2].tolist() == [[0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0]]
-    assert torch.equal(token_states(recording(), range(1, 7), 7), token_states(recording(), range(1, 7)))
+        assert token_states(recording(), step)[:, 2].tolist() == [[0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0]]
+    assert torch.equal(token_states(recording(), 7), token_states(recording()))
     with pytest.raises(UserError, match="step is -1"):
-        token_states(recording(), range(1, 7), -1)
+        token_states(recording(), -1)
 
 
 def test_states_of_heads_that_evict_apart():
     """A whole-cache policy: what stays counts as core by the share of heads, as it was after the step asked for."""
     fate = torch.tensor([[[-1, 0, 2, -1], [-1, 1, -1, 0]]], dtype=torch.int16)
-    recorder = Recorder(fate)
-    assert token_states(recorder, [1, 2, 3], 0)[0].tolist() == [[0.5, 0, 0.5], [0, 0, 0], [0.5, 1, 0.5]]
-    assert token_states(recorder, [1, 2, 3], 1)[0, 2].tolist() == [0, 1, 0.5]
-    assert token_states(recorder, [1, 2, 3])[0, 2].tolist() == [0, 0.5, 0.5]
+    recorder = Recorder(fate, vision_positions=torch.tensor([1, 2, 3]))
+    assert token_states(recorder, 0)[0].tolist() == [[0.5, 0, 0.5], [0, 0, 0], [0.5, 1, 0.5]]
+    assert token_states(recorder, 1)[0, 2].tolist() == [0, 1, 0.5]
+    assert token_states(recorder)[0, 2].tolist() == [0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("model", [CROP, NEXT], ids=["llava", "next"])
@@ -175,10 +175,11 @@ def test_pictures(model):
     images = [Image.new("RGB", (120, 60), "white"), Image.new("L", (60, 400), 255)]
     counts = [anyres.image_tokens((image.height, image.width), model) for image in images]
     fate = torch.full((3, 2, 2 + sum(counts)), HELD, dtype=torch.int16)
-    vision = list(range(1, 1 + sum(counts)))
+    vision = torch.arange(1, 1 + sum(counts))
     fate[1, :, vision[: counts[0]]] = 0
-    picture = draw_overlay(images, model, Recorder(fate), vision)
-    assert picture.tobytes() == draw_overlay(images, model, Recorder(fate), vision, layer_idx=1).tobytes()
+    recorder = Recorder(fate, vision_positions=vision)
+    picture = draw_overlay(images, model, recorder)
+    assert picture.tobytes() == draw_overlay(images, model, recorder, layer_idx=1).tobytes()
     heights = [450, 2000]  # 900 wide, unless that makes a page higher than 2000
     rows = [height + 40 for height in heights for _ in range(2 if model.is_next else 1)]
     assert picture.size == (3 * 24 + 2 * 900, 24 + 64 + sum(rows) + 24 * len(rows))
@@ -194,16 +195,20 @@ def test_pictures(model):
 def test_pictures_of_cores_differ_from_step_to_step():
     page, model = Image.new("RGB", (56, 56), "white"), config("llava", patch=28)
     fate = torch.full((1, 1, 6), HELD, dtype=torch.int16)
-    recorder = Recorder(fate, [(0, [torch.tensor([1])]), (3, [torch.tensor([4])])])
-    first, last = (draw_overlay([page], model, recorder, [1, 2, 3, 4], step=step) for step in (0, None))
+    cores = [(0, [torch.tensor([1])]), (3, [torch.tensor([4])])]
+    recorder = Recorder(fate, cores, vision_positions=torch.arange(1, 5), interval=3)
+    first, last = (draw_overlay([page], model, recorder, step=step) for step in (0, None))
     top, bottom = (24 + 100, 128 + 100), (24 + 800, 128 + 800)
     assert first.getpixel(top) == last.getpixel(bottom) != last.getpixel(top) == first.getpixel(bottom)
 
 
 def test_refusals():
-    page, recorder = Image.new("RGB", (56, 56)), Recorder(torch.full((2, 1, 20), HELD, dtype=torch.int16))
+    page = Image.new("RGB", (56, 56))
+    fate = torch.full((2, 1, 20), HELD, dtype=torch.int16)
+    recorder = Recorder(fate, vision_positions=torch.arange(16))
     for layer in (-1, 2):
         with pytest.raises(UserError, match=f"--overlay_layer is {layer}, the model has layers 0 to 1"):
-            draw_overlay([page], CROP, recorder, list(range(16)), layer_idx=layer)
+            draw_overlay([page], CROP, recorder, layer_idx=layer)
+    recorder.vision_positions = torch.arange(15)
     with pytest.raises(ValueError, match=r"15 vision tokens for images of \[16\] tokens"):
-        draw_overlay([page], CROP, recorder, list(range(15)))
+        draw_overlay([page], CROP, recorder)

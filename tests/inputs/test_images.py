@@ -221,7 +221,7 @@ def one_line(excinfo) -> str:
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, said",
     [
         ("notes.txt", b"not an image at all", "not an image"),
         ("empty.png", b"", "not an image"),
@@ -230,12 +230,12 @@ def one_line(excinfo) -> str:
         ("short.png", png_of_size(300, 300), "cannot be read"),
     ],
 )
-def test_bad_files(tmp_path, name, content, told):
+def test_bad_files(tmp_path, name, content, said):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as excinfo:
         load_image(path)
-    assert told in one_line(excinfo) and name in str(excinfo.value)
+    assert said in one_line(excinfo) and name in str(excinfo.value)
 
 
 def test_truncated_jpeg(tmp_path):
@@ -270,7 +270,7 @@ def test_empty_and_thin_images():
 
 
 @pytest.mark.parametrize(
-    "family, changes, told",
+    "family, changes, said",
     [
         ("llava", {"do_resize": False}, "do_resize"),
         ("llava", {"do_center_crop": False}, "do_center_crop"),
@@ -289,10 +289,10 @@ def test_empty_and_thin_images():
         ("llava_next", {"image_grid_pinpoints": [[56, 56]]}, "image_grid_pinpoints"),
     ],
 )
-def test_settings_that_are_refused(family, changes, told):
+def test_settings_that_are_refused(family, changes, said):
     with pytest.raises(UserError) as excinfo:
         ImageSettings.from_dict(settings_dict(**changes), config(family), "preprocessor_config.json")
-    assert one_line(excinfo).startswith(f"preprocessor_config.json: {told}")
+    assert one_line(excinfo).startswith(f"preprocessor_config.json: {said}")
 
 
 def test_pad_to_square_has_no_meaning_for_tiles():

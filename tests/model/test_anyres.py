@@ -72,7 +72,8 @@ def test_geometry_is_the_reference_s(name):
     from transformers.image_utils import ChannelDimension
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    config, pinpoints, (tile, _) = next_config(name), PINPOINTS[name], TILE[name]
+    config, pinpoints = next_config(name), PINPOINTS[name]
+    tile, _ = TILE[name]
     padder = LlavaNextImageProcessorPil()
     for size in sizes(3000, seed=2):
         best = anyres.best_resolution(size, config.image_grid_pinpoints)
@@ -91,7 +92,8 @@ def test_unpadding_and_counts_are_the_reference_s(name):
     modeling = pytest.importorskip("transformers.models.llava_next.modeling_llava_next")
     processing = pytest.importorskip("transformers.models.llava_next.processing_llava_next")
 
-    config, pinpoints, (tile, patch) = next_config(name), PINPOINTS[name], TILE[name]
+    config, pinpoints = next_config(name), PINPOINTS[name]
+    tile, patch = TILE[name]
     counter = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints), patch_size=patch, num_additional_image_tokens=0
     )
