@@ -1,1 +1,1 @@
-"""Measuring: `eval.accuracy` scores answers, `eval.speed` times the model, `eval.demo` draws the demo's pages."""
+"""Measuring: `eval.accuracy` scores answers, `eval.speed` times models, `eval.demo` draws pages."""

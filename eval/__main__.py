@@ -1,7 +1,7 @@
 """The command line of the evaluator.
 
-`python -m eval ...` answers and scores a data set. `python -m eval compare A B ...` puts finished runs side by side,
-and `python -m eval sweep ...` runs a grid of policies and KV budgets.
+`python -m eval ...` answers and scores a data set. `python -m eval compare A B ...` puts finished
+runs side by side, and `python -m eval sweep ...` runs a grid of policies and KV budgets.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from minivlm.app import cli
 
 def main(arguments: Sequence[str]) -> None:
     """Run one of the three commands. Raises `UserError` for a user's mistake."""
-    # Each command is imported only when it is asked for: loading all three would slow down every one of them.
+    # Each command is imported only when it is asked for: loading all three would slow down every
+    # one of them.
     name = arguments[0] if arguments else ""
     try:
         if name == "compare":

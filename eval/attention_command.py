@@ -1,4 +1,4 @@
-"""What attention looks at: concordance between layers and steps, decay of text attention, shares of mass.
+"""What attention looks at: concordance of layers and steps, decay over text, shares of mass.
 
     python scripts/attention_stats.py --json stats.json --plot stats.png
     python scripts/attention_stats.py --model DIR --image a.png b.png --prompt "What is the total?" --json stats.json
@@ -52,7 +52,12 @@ def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.model_flags()
     parser.flag(
-        "image", nargs="+", type=Path, default=[], metavar="FILE", help="pages; --prompt is asked about each of them"
+        "image",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="pages; --prompt is asked about each of them",
     )
     parser.flag("prompt", metavar="TEXT", help="the question about the pages of --image")
     parser.flag(
@@ -77,7 +82,13 @@ def _parser() -> Parser:
         metavar="P",
         help="compare these shares of the vision tokens (0.1 0.3 0.5)",
     )
-    parser.flag("distances", type=int, default=16, metavar="K", help="compare steps that are up to K apart (16)")
+    parser.flag(
+        "distances",
+        type=int,
+        default=16,
+        metavar="K",
+        help="compare steps that are up to K apart (16)",
+    )
     parser.flag("json", type=Path, required=True, metavar="OUT.json", help="write all statistics")
     parser.flag("plot", type=Path, metavar="OUT.png", help="draw them (needs matplotlib)")
     return parser
@@ -101,4 +112,7 @@ def summary_lines(stats: dict[str, Any]) -> list[str]:
         share = concordance["share"]
         lines.append(f"concordance of the top {share:.0%} (by chance {share:.3f}): {between_layers}, {between_steps}")
     means = {name: sum(mass["by_layer"]) / len(mass["by_layer"]) for name, mass in stats["mass"].items()}
-    return [*lines, "share of attention: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())]
+    return [
+        *lines,
+        "share of attention: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()),
+    ]

@@ -1,4 +1,7 @@
-"""Measure what the documentation shows of accuracy and write docs/results.md; see eval/accuracy/results_page.py."""
+"""Measure what the documentation shows of accuracy and write docs/results.md.
+
+See eval/accuracy/results_page.py.
+"""
 
 from eval.accuracy.results_page import write_results
 from minivlm.app.cli import run

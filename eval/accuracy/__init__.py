@@ -1,1 +1,1 @@
-"""Measuring accuracy: data sets, tasks, metrics, the runner and its folders, reports and comparisons."""
+"""Measuring accuracy: data sets, tasks, metrics, the runner and its folders, reports."""

@@ -1,10 +1,11 @@
-"""ANLS, the metric of DocVQA and InfographicVQA (Biten et al., "Scene Text Visual Question Answering", ICCV 2019).
+"""ANLS, the metric of DocVQA and InfographicVQA (Biten et al., ICCV 2019).
 
-Against one reference, a prediction scores 1 - d / l. Here d is the edit distance after stripping, lower-casing and
-collapsing white space, and l is the longer of the two lengths *before* that: stray white space costs nothing but
-counts in the length. The best reference decides, and only then is a score below 0.5 set to 0. Applying the threshold
-to each reference first, or averaging over references, would give other numbers. This is the order of lmms-eval, with
-whose figures these should be comparable; as there, the lengths are those of the upper-cased strings, which matters for
+Against one reference, a prediction scores 1 - d / l. Here d is the edit distance after stripping,
+lower-casing and collapsing white space, and l is the longer of the two lengths *before* that: stray
+white space costs nothing but counts in the length. The best reference decides, and only then is a
+score below 0.5 set to 0. Applying the threshold to each reference first, or averaging over
+references, would give other numbers. This is the order of lmms-eval, with whose figures these
+should be comparable; as there, the lengths are those of the upper-cased strings, which matters for
 "ß" and "ﬁ".
 """
 
@@ -17,16 +18,17 @@ THRESHOLD = 0.5
 
 
 def normalise(text: str) -> str:
-    """Strip, lower-case and collapse white space: ANLS and exact match compare strings after this."""
+    """Strip, lower-case and collapse white space, as before every comparison of strings."""
     return " ".join(text.lower().split())
 
 
 def levenshtein(a: str, b: str) -> int:
     """Edit distance (insertions, deletions, substitutions) between two strings.
 
-    This is Myers' bit-vector algorithm (J. ACM 46, 1999) in Hyyrö's form for the distance of whole strings. A column
-    of the dynamic programme is stored as two bit sets, its steps of +1 and its steps of -1, in Python's unbounded
-    integers. The loop makes one pass over the shorter string, so two pages of text take milliseconds.
+    This is Myers' bit-vector algorithm (J. ACM 46, 1999) in Hyyrö's form for the distance of whole
+    strings. A column of the dynamic programme is stored as two bit sets, its steps of +1 and its
+    steps of -1, in Python's unbounded integers. The loop makes one pass over the shorter string, so
+    two pages of text take milliseconds.
     """
     if len(a) < len(b):
         a, b = b, a
@@ -51,7 +53,10 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Similarity of a prediction to its best reference, 0 or in [0.5, 1]; NaN (unscored) without references."""
+    """Similarity of a prediction to its best reference, 0 or in [0.5, 1].
+
+    NaN (unscored) without references.
+    """
     best = math.nan
     for answer in answers:
         length = max(len(prediction.upper()), len(answer.upper()))
@@ -67,5 +72,8 @@ def mean(scores: Iterable[float]) -> float:
 
 
 def corpus_anls(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Mean ANLS over the questions that have references. Raises ValueError if the two lengths differ."""
+    """Mean ANLS over the questions that have references.
+
+    Raises ValueError if the two lengths differ.
+    """
     return mean(anls(prediction, references) for prediction, references in zip(predictions, answers, strict=True))

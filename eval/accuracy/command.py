@@ -1,7 +1,8 @@
 """The flags of `python -m eval` and the run that they describe; `sweep` has the same flags.
 
 The command line is that of lmms-eval as the A-VL authors use it: `--model llava_hf
---model_args pretrained=...,device_map=auto` works unchanged. What has no meaning here is accepted with a note.
+--model_args pretrained=...,device_map=auto` works unchanged. What has no meaning here is accepted
+with a note.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from minivlm.errors import UserError
 from minivlm.generation.vlm import VLM
 from weights.build import read_config
 
-_ADAPTERS = ("llava", "llava_hf")  # lmms-eval's names of model classes: the checkpoint is in --model_args
+# lmms-eval's names of model classes, with which the checkpoint is in --model_args.
+_ADAPTERS = ("llava", "llava_hf")
 _MODEL_ARGS = ("pretrained", "device", "dtype", "batch_size")
 _WITHOUT_MEANING = ("num_fewshot", "verbosity", "timezone", "wandb_args")
 
@@ -55,7 +57,8 @@ def run_evaluation(arguments: Sequence[str]) -> None:
 def parse_run(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Add the flags of a run to `parser` and parse `arguments`.
 
-    In the result, `--model_args` have replaced the flags they stand for, and `notes` names what has no meaning here.
+    In the result, `--model_args` have replaced the flags they stand for, and `notes` names what has
+    no meaning here.
     """
     _add_run_flags(parser, arguments)
     args = parser.parse_args(arguments)
@@ -74,14 +77,22 @@ def _add_run_flags(parser: Parser, arguments: Sequence[str]) -> None:
         metavar="NAME=VALUE,...",
         help="pretrained (the model), device, dtype, batch_size; these override the flags",
     )
-    parser.flag("tasks", default="demo", metavar="NAME,...", help=f"{', '.join((*GROUPS, *TASKS))}; or list (demo)")
+    parser.flag(
+        "tasks",
+        default="demo",
+        metavar="NAME,...",
+        help=f"{', '.join((*GROUPS, *TASKS))}; or list (demo)",
+    )
     parser.flag(
         "data",
         metavar="DIR|FILE|HUB_ID",
         help="the tasks' data (each task's own data set on the hub; the demo draws pages)",
     )
     parser.flag(
-        "limit", type=float, metavar="N", help="only the first N samples of each task, or that share of them (all)"
+        "limit",
+        type=float,
+        metavar="N",
+        help="only the first N samples of each task, or that share of them (all)",
     )
     parser.flag("batch_size", type=int, default=1, metavar="B", help="questions asked at once (1)")
     parser.flag(
@@ -121,7 +132,7 @@ def _apply_model_args(args: argparse.Namespace) -> None:
 
 
 def prepare_run(args: argparse.Namespace) -> RunSpec:
-    """The run that the flags ask for: settings checked, checkpoint found and data opened, but no model loaded yet."""
+    """The run that the flags ask for, with its data opened; the model is not loaded yet."""
     settings = policy_flags.from_args(args, args.seed)
     identity = _model_identity(args)
     tasks, data_notes = open_tasks(args.tasks, args.data, args.seed, args.limit)
@@ -168,5 +179,5 @@ def _model_identity(args: argparse.Namespace) -> dict[str, str]:
 
 
 def model_loader(args: argparse.Namespace) -> Callable[[], VLM]:
-    """A function that loads the model of the flags on its first call and returns it on every call."""
+    """A function that returns the model of the flags, loading it on the first call."""
     return functools.cache(lambda: weights.load(args.model, device=args.device, dtype=args.dtype))

@@ -1,9 +1,9 @@
-"""`python -m eval compare A B ...`: runs side by side, and each against the first, sample by sample.
+"""`python -m eval compare A B ...`: runs side by side, each against the first.
 
-Two runs over the same questions are paired. The difference of their means is therefore judged by resampling questions
-(Efron's percentile bootstrap, 10,000 draws from a fixed seed) rather than by comparing two standard errors. The number
-of answers that differ at all is printed too; for 16-bit runs with two batch sizes it shows how often rounding changes
-an answer.
+Two runs over the same questions are paired. The difference of their means is therefore judged by
+resampling questions (Efron's percentile bootstrap, 10,000 draws from a fixed seed) rather than by
+comparing two standard errors. The number of answers that differ at all is printed too; for 16-bit
+runs with two batch sizes it shows how often rounding changes an answer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from eval.accuracy.outcomes import Outcome, metrics_in
 from eval.accuracy.report import RunResults
 from eval.accuracy.run_folder import read_outcomes
 from eval.accuracy.run_spec import FORMAT
-from eval.json_files import load_json
 from minivlm.app.cli import Parser
 from minivlm.errors import UserError
+from minivlm.files import read_json_object
 
 _DRAWS = 10_000
 _DRAWN_AT_ONCE = 1 << 20  # indices, a few megabytes
@@ -29,7 +29,7 @@ _DRAWN_AT_ONCE = 1 << 20  # indices, a few megabytes
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run as it is stored: its results.json, and the outcomes of its answered samples by (task, id)."""
+    """A finished run: its results.json, and its answered samples by (task, id)."""
 
     name: str
     results: RunResults
@@ -37,7 +37,7 @@ class FinishedRun:
 
     @classmethod
     def read(cls, path: Path) -> FinishedRun:
-        """Read a run from its folder, its results.json, or an output folder that holds only this run.
+        """Read a run by its folder, its results.json, or an output folder without other runs.
 
         Raises `UserError` for anything else, for a damaged file, and for a run of another format.
         """
@@ -47,10 +47,10 @@ class FinishedRun:
         if len(files) != 1:
             contents = f"{len(files)} runs; name one of them" if files else "no results.json"
             raise UserError(f"{path}: {contents} (expected the folder of a finished run)")
-        results = load_json(files[0])
-        settings = results.get("settings") if isinstance(results, dict) else None
+        results: Any = read_json_object(files[0])
+        settings = results.get("settings")
         if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-            raise UserError(f"{files[0]}: not a run in format {FORMAT}, which this version reads (run it again)")
+            raise UserError(f"{files[0]}: is not a run in format {FORMAT} (run it again)")
         answered = {
             (outcome["task"], outcome["id"]): outcome
             for outcome in read_outcomes(files[0].with_name("samples.jsonl"))
@@ -64,14 +64,17 @@ def compare_runs(arguments: Sequence[str]) -> None:
     parser = Parser("Puts finished runs side by side, each against the first.", "python -m eval compare")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its results.json")
     first, *others = [FinishedRun.read(path) for path in parser.parse_args(arguments).runs]
-    print("\n".join([comparison_table([first, *others]), *(describe_change(first, other) for other in others)]))
+    print(comparison_table([first, *others]))
+    for other in others:
+        print(describe_change(first, other))
 
 
 def comparison_table(runs: Sequence[FinishedRun], question_types: Sequence[str] = ()) -> str:
-    """A Markdown table per task: metrics with standard errors, also for the given question types, and the cost."""
+    """A Markdown table per task: scores, also for the given question types, and the cost."""
     lines = []
     for task in dict.fromkeys(task for run in runs for task in run.results["cost"]):
-        lines += [*_task_table(task, [run for run in runs if task in run.results["cost"]], question_types), ""]
+        of_task = [run for run in runs if task in run.results["cost"]]
+        lines += [*_task_table(task, of_task, question_types), ""]
     return "\n".join(lines)
 
 
@@ -104,7 +107,7 @@ def _table_line(cells: Sequence[object]) -> str:
 
 
 def describe_change(first: FinishedRun, other: FinishedRun) -> str:
-    """How `other` differs from `first`: in its settings and, for each task, in its answers and scores."""
+    """How `other` differs from `first` in settings and, for each task, in answers and scores."""
     changes = _changed_settings(first.results["settings"], other.results["settings"])
     lines = [f"{other.name} against {first.name} ({', '.join(changes) or 'the same settings'}):"]
     pairs = [(outcome, other.outcomes[key]) for key, outcome in first.outcomes.items() if key in other.outcomes]

@@ -1,9 +1,9 @@
 """Data sets: the official DocVQA JSON layout with its image folder, and the hub's parquet files.
 
-Both are read into the same `Dataset`: the questions, in memory, and a function that decodes one image when its turn
-comes. The JSON layout is that of the DocVQA and InfographicVQA downloads (rrc.cvc.uab.es, challenge 17). The parquet
-columns are those of lmms-lab/DocVQA, lmms-lab/textvqa and echo840/OCRBench on the hub, which name some fields
-differently.
+Both are read into the same `Dataset`: the questions, in memory, and a function that decodes one
+image when its turn comes. The JSON layout is that of the DocVQA and InfographicVQA downloads
+(rrc.cvc.uab.es, challenge 17). The parquet columns are those of lmms-lab/DocVQA, lmms-lab/textvqa
+and echo840/OCRBench on the hub, which name some fields differently.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class OtherSplit(UserError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `index` is its place in the whole data set. Without `answers` it cannot be scored."""
+    """One question.
+
+    `index` is its place in the whole data set. Without `answers` it cannot be scored.
+    """
 
     index: int
     id: int | str
@@ -51,7 +54,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Questions in order, and `image(index)`, which decodes the image of one or raises a `UserError` that names it."""
+    """Questions in order.
+
+    `image(index)` decodes an image, or raises a `UserError` that names it.
+    """
 
     origin: str
     samples: tuple[Sample, ...]
@@ -70,8 +76,8 @@ class Dataset:
 def limited_count(limit: float | None, available: int) -> int:
     """How many of `available` questions `--limit` leaves.
 
-    From 1 on, the limit is a count; below 1 it is a share, rounded up; None leaves all. Raises `UserError` for
-    anything else.
+    From 1 on, the limit is a count; below 1 it is a share, rounded up; None leaves all. Raises
+    `UserError` for anything else.
     """
     if limit is None:
         return available
@@ -81,11 +87,11 @@ def limited_count(limit: float | None, available: int) -> int:
 
 
 def read_docvqa_json(path: Path, split: str) -> Dataset:
-    """Read the official layout: `{"data": [{"questionId", "question", "image", "answers", ...}, ...]}`.
+    """Read the official layout: `{"data": [{"questionId", "question", "image", ...}, ...]}`.
 
-    `split` is "validation" or "test". An image's path is relative to the folder of the JSON file; images are also
-    looked for in its folders `documents/` and `images/`. Raises `UserError` for a file that does not have this layout,
-    and `OtherSplit` for one of another split.
+    `split` is "validation" or "test". An image's path is relative to the folder of the JSON file;
+    images are also looked for in its folders `documents/` and `images/`. Raises `UserError` for a
+    file that does not have this layout, and `OtherSplit` for one of another split.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -106,7 +112,7 @@ def read_docvqa_json(path: Path, split: str) -> Dataset:
         name = names[index]
         if not isinstance(name, str) or not name:
             raise UserError(f'{path}: data[{index}] has no "image"')
-        places = [path.parent / name, path.parent / "documents" / name, path.parent / "images" / name]
+        places = [path.parent / folder / name for folder in ("", "documents", "images")]
         return load_image(next((place for place in places if place.is_file()), places[0]))
 
     return Dataset(str(path), samples, image)
@@ -114,7 +120,7 @@ def read_docvqa_json(path: Path, split: str) -> Dataset:
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """A row group, the part of a parquet file that is read at once, and the index of its first sample."""
+    """A part of a parquet file that is read at once, and the index of its first sample."""
 
     file: Path
     number: int
@@ -122,7 +128,9 @@ class _RowGroup:
 
 
 def read_parquet_files(files: Sequence[Path], split: str) -> Dataset:
-    """Read the parquet files of one split, in order. Images are read later, one row group at a time.
+    """Read the parquet files of one split, in order.
+
+    Images are read later, one row group at a time.
 
     Raises `UserError` without pyarrow, and for files that are damaged or lack a column.
     """
@@ -150,7 +158,10 @@ def read_parquet_files(files: Sequence[Path], split: str) -> Dataset:
 
 
 class _ParquetImages:
-    """Decodes one image of a list of row groups. The last row group stays in memory, since its neighbours follow."""
+    """Decodes one image of a list of row groups.
+
+    The last row group stays in memory, since its neighbours follow.
+    """
 
     def __init__(self, groups: Sequence[_RowGroup]) -> None:
         self._groups = groups
@@ -182,9 +193,12 @@ class _ParquetImages:
 
 
 def download(repository: str, pattern: str) -> Path:
-    """Download a data set's files from the hub. Return the snapshot folder in huggingface-hub's cache.
+    """Download a data set's files from the hub.
 
-    Files that are already there are not downloaded again. Raises `UserError` if the download cannot be completed.
+    Return the snapshot folder in huggingface-hub's cache.
+
+    Files that are already there are not downloaded again. Raises `UserError` if the download cannot
+    be completed.
     """
     from huggingface_hub import snapshot_download
 
@@ -196,7 +210,10 @@ def download(repository: str, pattern: str) -> Path:
 
 
 def _checked_samples(records: Iterable[Any], split: str, where: str) -> tuple[Sample, ...]:
-    """The questions in `records`. Raises `UserError` for bad ones, which are named `where`[index]."""
+    """The questions in `records`.
+
+    Raises `UserError` for bad ones, which are named `where`[index].
+    """
     samples: list[Sample] = []
     index_of: dict[int | str, int] = {}
     for index, record in enumerate(records):
@@ -220,7 +237,10 @@ def _checked_samples(records: Iterable[Any], split: str, where: str) -> tuple[Sa
 
 
 def _question_id(record: dict[str, Any], index: int) -> int | str:
-    """A record's id, as a number if it consists of digits; empty if it has none. OCRBench's ids are its indices."""
+    """A record's id, as a number if it consists of digits; empty if it has none.
+
+    OCRBench's ids are its indices.
+    """
     name = _first_present(record, _ID)
     if name is None and "dataset" in record:
         return index

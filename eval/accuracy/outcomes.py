@@ -20,9 +20,9 @@ class _Identified(TypedDict):
 class Outcome(_Identified, total=False):
     """What became of one sample: one line of samples.jsonl.
 
-    A failed sample has `error` and none of the fields after it. `scores` leaves out metrics that need references the
-    sample does not have; it is missing altogether if nothing was to be scored. `prompt`, `answers` and `token_ids` are
-    recorded on request.
+    A failed sample has `error` and none of the fields after it. `scores` leaves out metrics that
+    need references the sample does not have; it is missing altogether if nothing was to be scored.
+    `prompt`, `answers` and `token_ids` are recorded on request.
     """
 
     error: str
@@ -38,8 +38,9 @@ class Outcome(_Identified, total=False):
 def cost_share(stats: Stats, samples: int) -> dict[str, float]:
     """Return one sample's share of the cost of a batch of `samples`.
 
-    Shares add up to the cost of the run, whichever batches the samples were in. The three exceptions are figures of
-    the whole batch: the two `..._batch_bytes`, and the entries that take part in a step of one sequence.
+    Shares add up to the cost of the run, whichever batches the samples were in. The three
+    exceptions are figures of the whole batch: the two `..._batch_bytes`, and the entries that take
+    part in a step of one sequence.
     """
     return {
         "prefill_s": stats.prefill_s / samples,
@@ -57,7 +58,7 @@ def cost_share(stats: Stats, samples: int) -> dict[str, float]:
 
 
 def summarise(outcomes: Iterable[Outcome]) -> dict[str, float]:
-    """Return every metric's mean and standard error, and the numbers of scored, failed and unscored samples.
+    """Return means and standard errors, and the numbers of scored, failed and unscored samples.
 
     A sample is unscored if it was answered but has no references, or if nothing was to be scored.
     """

@@ -1,7 +1,8 @@
-"""One process or several: which one this is, and the two ways of communicating that the evaluator needs.
+"""One process or several: which one this is, and how they communicate.
 
-Under torchrun the environment names the rank and the number of processes (the world). Objects travel over gloo, with
-nccl beside it on CUDA. Only rank 0 touches the results folder, so the machines need not share a disk.
+Under torchrun the environment names the rank and the number of processes (the world). Objects
+travel over gloo, with nccl beside it on CUDA. Only rank 0 touches the results folder, so the
+machines need not share a disk.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-# How long a rank may wait for the slowest one, which may be downloading, or working on a page on a slow machine.
+# How long a rank may wait for the slowest one, which may be downloading, or working on a page on a
+# slow machine.
 _PATIENCE = timedelta(hours=4)
 
 
@@ -57,7 +59,10 @@ class Processes:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, ordered by rank, on rank 0; the other ranks get an empty list."""
+        """Return every rank's value, ordered by rank, on rank 0.
+
+        The other ranks get an empty list.
+        """
         if self.world == 1:
             return [value]
         import torch.distributed as dist

@@ -36,10 +36,10 @@ class RunResults(TypedDict):
 def mean_cost(outcomes: Iterable[Outcome]) -> dict[str, float]:
     """Return what the answered samples cost on average; empty if there are none.
 
-    `prefill_ms` is per page, and `decode_ms_per_token` per token after the first. `kv_bytes_mean` is what the policy
-    holds per page after prefill, and `kv_share` is its ratio to the full cache. `kv_bytes_peak` is the most memory
-    allocated for a batch, including room for the answer and bookkeeping; `kv_full_bytes_peak` counts only the entries
-    of the largest full cache.
+    `prefill_ms` is per page, and `decode_ms_per_token` per token after the first. `kv_bytes_mean`
+    is what the policy holds per page after prefill, and `kv_share` is its ratio to the full cache.
+    `kv_bytes_peak` is the most memory allocated for a batch, including room for the answer and
+    bookkeeping; `kv_full_bytes_peak` counts only the entries of the largest full cache.
     """
     costs = [outcome["cost"] for outcome in outcomes if "cost" in outcome]
     if not costs:
@@ -62,9 +62,16 @@ def mean_cost(outcomes: Iterable[Outcome]) -> dict[str, float]:
 
 
 def results_of(
-    spec: RunSpec, outcomes: Mapping[str, list[Outcome]], model: Answerer, seconds: float, processes: int
+    spec: RunSpec,
+    outcomes: Mapping[str, list[Outcome]],
+    model: Answerer,
+    seconds: float,
+    processes: int,
 ) -> RunResults:
-    """Return the content of results.json. `outcomes` are those of each task, in the order of its data."""
+    """Return the content of results.json.
+
+    `outcomes` are those of each task, in the order of its data.
+    """
     grouped = {
         group: [outcome for member in members for outcome in outcomes[member]] for group, members in spec.groups.items()
     }
@@ -95,7 +102,7 @@ def results_of(
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that influence answers, as far as they are installed."""
+    """The versions of Python and of the installed packages that influence answers."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -106,7 +113,7 @@ def package_versions() -> dict[str, str]:
 
 
 def results_in_words(results: RunResults, folder: Path) -> str:
-    """A finished run for people to read: metrics with standard errors, scores by type, cost, and failures."""
+    """A finished run for people to read: scores with standard errors, cost and failures."""
     lines = []
     for task, summary in results["results"].items():
         metrics = metrics_in(summary)

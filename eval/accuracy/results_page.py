@@ -1,9 +1,10 @@
-"""What the documentation shows of accuracy, measured: docs/results.md, docs/results.json and the pictures.
+"""Measure what docs/results.md shows, and write it with its data and pictures.
 
     make results
     python scripts/results.py --limit 500
 
-Every number comes from a run of `python -m eval` in its own folder under --output_path. Finished runs are not repeated.
+Every number comes from a run of `python -m eval` in its own folder under --output_path. Finished
+runs are not repeated.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from pathlib import Path
 
 from eval.accuracy.command import parse_run
 from eval.accuracy.compare import FinishedRun, describe_differences, paired_differences
-from eval.accuracy.sweep import BUDGETS, Cell, CellResult, describe_cells, draw_scores, grid, run_cells
+from eval.accuracy.sweep import (
+    BUDGETS,
+    Cell,
+    CellResult,
+    describe_cells,
+    draw_scores,
+    grid,
+    run_cells,
+)
 from eval.json_files import write_json
 from minivlm.app.cli import Parser
 from minivlm.files import write_whole
@@ -44,28 +53,31 @@ _BENCHMARK = (
 _PAGE = """\
 # Accuracy against KV bytes, measured
 
-This page is written by `make results`; do not edit it. Model `{settings[model]}`, task `{task}` ({data}),
-{n} questions, batch size {settings[batch_size]}, {settings[device]}, dtype {settings[dtype]};
-{versions}.
+This page is written by `make results`; do not edit it. Model `{settings[model]}`, task `{task}`
+({data}), {n} questions, batch size {settings[batch_size]}, {settings[device]}, dtype
+{settings[dtype]}; {versions}.
 
-Every figure has its standard error: two lines of a table must differ by well over both errors to mean something. The
-last table has paired differences. The bundled model is tiny and its pages are drawn, so this page shows how the parts
-behave and proves nothing about large models. Times are those of this one run, eager, on a machine that may have been
-busy with other work; [performance.md](performance.md) is about time.
+Every figure has its standard error: two lines of a table must differ by well over both errors to
+mean something. The last table has paired differences. The bundled model is tiny and its pages are
+drawn, so this page shows how the parts behave and proves nothing about large models. Times are
+those of this one run, eager, on a machine that may have been busy with other work;
+[performance.md](performance.md) is about time.
 
 ## Policies at equal bytes
 
-Each policy may hold a share of the prompt's KV bytes (`--kv_budget`). "failed" counts the questions for which a budget
-was too small, since system and text tokens stay. Such lines are over fewer questions and are not in the picture.
+Each policy may hold a share of the prompt's KV bytes (`--kv_budget`). "failed" counts the questions
+for which a budget was too small, since system and text tokens stay. Such lines are over fewer
+questions and are not in the picture.
 {policies}
 ## Score windows
 
-`avl` scores image entries by the attention of the last prompt row, as the paper does, or by the mean of the last few
-rows (`--vision_score_window`).
+`avl` scores image entries by the attention of the prompt's last token, as the paper does, or by the
+mean over its last few tokens (`--vision_score_window`).
 {windows}
 ## The parts of A-VL
 
-Each part alone: vision at rate 0.5, its core at several compute rates and intervals, and text with 4 initial entries.
+Each part alone: vision at rate 0.5, its core at several compute rates and intervals, and text with
+4 initial entries.
 {parts}
 ## The paper's claims
 
@@ -87,7 +99,8 @@ def write_results(arguments: Sequence[str]) -> None:
     args.docs.mkdir(parents=True, exist_ok=True)
     drawn = {name for name in ("policies", "windows") if draw_scores(sections[name], args.docs / f"{name}.png")}
     write_json(
-        args.docs / "results.json", {name: [cell.to_dict() for cell in cells] for name, cells in sections.items()}
+        args.docs / "results.json",
+        {name: [cell.to_dict() for cell in cells] for name, cells in sections.items()},
     )
     at_half = {
         cell.cell.name: FinishedRun.read(args.output_path / cell.folder)
@@ -109,9 +122,14 @@ def planned_sections() -> dict[str, list[Cell]]:
 
 
 def results_page(
-    sections: Mapping[str, Sequence[CellResult]], drawn: set[str], policy_runs: Mapping[str, FinishedRun]
+    sections: Mapping[str, Sequence[CellResult]],
+    drawn: set[str],
+    policy_runs: Mapping[str, FinishedRun],
 ) -> str:
-    """The text of docs/results.md. `policy_runs` are the finished runs of the first section, by name."""
+    """The text of docs/results.md.
+
+    `policy_runs` are the finished runs of the first section, by name.
+    """
     full = sections["policies"][0].results
     assert full is not None, "the full cache meets every budget"
     task = next(iter(full["cost"]))
@@ -168,7 +186,15 @@ def _claims(task: str, policy_runs: Mapping[str, FinishedRun]) -> list[str]:
             "Not measured here: this needs the 7B checkpoint, the data and a GPU.",
         ),
         ("The same on VQAv2, Nocaps and Flickr30k", "none", "These tasks are not supported."),
-        ("KV cache of LLaVA-1.6-7B 1179 MB → 531 MB (45 %)", f"`{_BENCHMARK}`", "See the benchmark page."),
-        ("Decoder 1.8 times faster at half the cache, latency 50.5 %", f"`{_BENCHMARK}`", "See the benchmark page."),
+        (
+            "KV cache of LLaVA-1.6-7B 1179 MB → 531 MB (45 %)",
+            f"`{_BENCHMARK}`",
+            "See the benchmark page.",
+        ),
+        (
+            "Decoder 1.8 times faster at half the cache, latency 50.5 %",
+            f"`{_BENCHMARK}`",
+            "See the benchmark page.",
+        ),
     ]
     return [f"| {claim} | {command} | {value} |" for claim, command, value in claims]

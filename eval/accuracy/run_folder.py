@@ -6,8 +6,8 @@ A folder is named by a hash of everything that changes answers. It holds
 - `samples.jsonl`   one line per answered (or failed) sample, appended at once; a sample's last line counts;
 - `results.json`    written when every sample has been asked, completely or not at all.
 
-A process that is killed leaves at worst one incomplete line at the end, which the next start cuts off. Package
-versions are recorded in the results but not hashed.
+A process that is killed leaves at worst one incomplete line at the end, which the next start cuts
+off. Package versions are recorded in the results but not hashed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.accuracy.outcomes import Outcome
-from eval.json_files import load_json, write_json
+from eval.json_files import write_json
 from minivlm.errors import UserError
+from minivlm.files import read_json_object
 
 _BLOCKS = 64  # evenly spaced blocks of a large weights file that are hashed
 _BLOCK_BYTES = 1 << 16
@@ -35,7 +36,8 @@ def hash_settings(settings: Mapping[str, Any]) -> str:
 def fingerprint(folder: Path) -> str:
     """A hash of a checkpoint folder that is cheap to compute.
 
-    Small files are hashed whole. Of a large weights file, its size and 4 MiB of its content are hashed.
+    Small files are hashed whole. Of a large weights file, its size and 4 MiB of its content are
+    hashed.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
@@ -54,9 +56,10 @@ def fingerprint(folder: Path) -> str:
 
 
 class RunFolder:
-    """The folder `root`/`label`_`hash of settings`, or `root` itself if that already is the folder of a run.
+    """The folder `root`/`label`_`hash of settings`, or `root` itself if that is a run's folder.
 
-    Methods raise `UserError` if `root` holds a run with other settings, or if a file cannot be written or read.
+    Methods raise `UserError` if `root` holds a run with other settings, or if a file cannot be
+    written or read.
     """
 
     def __init__(self, root: Path, label: str, settings: Mapping[str, Any]) -> None:
@@ -67,7 +70,10 @@ class RunFolder:
         self.results = self.path / "results.json"
 
     def open(self) -> dict[tuple[str, int], Outcome]:
-        """Create the folder, or check that it belongs to this run. Return the outcomes so far by (task, index)."""
+        """Create the folder, or check that it belongs to this run.
+
+        Return the outcomes so far by (task, index).
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,12 +81,15 @@ class RunFolder:
         stored = self.path / "settings.json"
         if not stored.exists():
             write_json(stored, self.settings)
-        elif difference := _first_difference(load_json(stored), self.settings):
+        elif difference := _first_difference(read_json_object(stored), self.settings):
             raise UserError(f"{self.path}: holds a run with other settings ({difference}); name another --output_path")
         return {(outcome["task"], outcome["index"]): outcome for outcome in read_outcomes(self.samples, repair=True)}
 
     def append(self, outcomes: Sequence[Outcome]) -> None:
-        """Add outcomes at the end of samples.jsonl. On return they are in the operating system's hands."""
+        """Add outcomes at the end of samples.jsonl.
+
+        On return they are in the operating system's hands.
+        """
         data = b"".join(json.dumps(outcome, ensure_ascii=False).encode() + b"\n" for outcome in outcomes)
         try:
             file = os.open(self.samples, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -101,8 +110,8 @@ class RunFolder:
 def read_outcomes(path: Path, repair: bool = False) -> list[Outcome]:
     """Read a samples.jsonl; a missing file has no outcomes.
 
-    An incomplete last line is ignored; with `repair` it is also cut off the file. Raises `UserError` if the file
-    cannot be read or another line is damaged.
+    An incomplete last line is ignored; with `repair` it is also cut off the file. Raises
+    `UserError` if the file cannot be read or another line is damaged.
     """
     try:
         data = path.read_bytes() if path.exists() else b""

@@ -23,7 +23,10 @@ class Answerer(Protocol):
 
     @property
     def processor(self) -> Processor | None:
-        """Records the chat template and a rendered prompt in the results; None if there is no template."""
+        """Records the chat template and a rendered prompt in the results.
+
+        None if there is no template.
+        """
 
     def ask_batch(
         self, requests: Sequence[Request], *, sampling: Sampling, settings: CacheSettings
@@ -34,8 +37,9 @@ class Answerer(Protocol):
 class RunSpec:
     """What to run.
 
-    `identity` says which model answers, in which dtype and on what device. `groups` maps the name of a group of tasks
-    to its members, which are also summarised together. `notes` are copied into the results.
+    `identity` says which model answers, in which dtype and on what device. `groups` maps the name
+    of a group of tasks to its members, which are also summarised together. `notes` are copied into
+    the results.
     """
 
     tasks: Sequence[tuple[Task, Dataset]]

@@ -1,8 +1,9 @@
-"""The runner: it asks the model in fixed batches and writes each answer to disk before it asks for the next.
+"""The runner asks the model in fixed batches, and saves each answer before it goes on.
 
-A batch consists of consecutive samples of the whole data set (`index // batch_size`), no matter what was answered
-before or how many processes take part. So a resumed run, or one on eight GPUs, forms the same batches and gets the
-same answers. Processes take batches in turn, and rank 0 alone writes. A thread decodes images ahead of the model.
+A batch consists of consecutive samples of the whole data set (`index // batch_size`), no matter
+what was answered before or how many processes take part. So a resumed run, or one on eight GPUs,
+forms the same batches and gets the same answers. Processes take batches in turn, and rank 0 alone
+writes. A thread decodes images ahead of the model.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from eval.accuracy.report import RunResults, results_of
 from eval.accuracy.run_folder import RunFolder
 from eval.accuracy.run_spec import Answerer, RunSpec
 from eval.accuracy.tasks import Task
-from eval.json_files import load_json, write_json
+from eval.json_files import write_json
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
+from minivlm.files import read_json_object
 from minivlm.generation.answers import Answer, Request
 from minivlm.generation.sampling import Sampling
 
@@ -44,10 +46,12 @@ class NothingAnswered(UserError):
 def evaluate(
     spec: RunSpec, root: Path, load: Callable[[], Answerer], processes: Processes = Processes()
 ) -> tuple[Path, RunResults | None]:
-    """Answer what is not answered yet. Return the run's folder and its results (None on ranks other than 0).
+    """Answer what is not answered yet.
 
-    `load` is called only if something is left to ask. Raises `UserError` for a folder that cannot be used, and
-    `NothingAnswered` if not one sample of a task could be answered.
+    Return the run's folder and its results (None on ranks other than 0).
+
+    `load` is called only if something is left to ask. Raises `UserError` for a folder that cannot
+    be used, and `NothingAnswered` if not one sample of a task could be answered.
     """
     folder = spec.folder(root)
     outcomes: Outcomes = {}
@@ -55,7 +59,7 @@ def evaluate(
     if processes.rank == 0:
         outcomes = folder.open()
         if folder.results.exists() and not any("error" in outcome for outcome in outcomes.values()):
-            finished = load_json(folder.results)
+            finished = read_json_object(folder.results)
     finished = processes.broadcast(finished)
     if finished is not None:
         return folder.path, finished if processes.rank == 0 else None
@@ -75,7 +79,8 @@ def evaluate(
 def _write_submissions(spec: RunSpec, outcomes: dict[str, list[Outcome]], folder: RunFolder) -> None:
     """Write the official submission file of each task that has one.
 
-    Raises `NothingAnswered` for the first task without an answer; earlier tasks have their file then.
+    Raises `NothingAnswered` for the first task without an answer; earlier tasks have their file
+    then.
     """
     for task, _ in spec.tasks:
         in_task = outcomes[task.name]
@@ -96,7 +101,10 @@ def _answer_task(
     outcomes: Outcomes,
     processes: Processes,
 ) -> None:
-    """Ask every batch of a task that has an unanswered sample. Adds to `outcomes` and to the folder on rank 0."""
+    """Ask every batch of a task that has an unanswered sample.
+
+    Adds to `outcomes` and to the folder on rank 0.
+    """
     answered = {index: o for (name, index), o in outcomes.items() if name == task.name and "error" not in o}
     done = processes.broadcast(set(answered))
     batches = [dataset.samples[i : i + spec.batch_size] for i in range(0, len(dataset.samples), spec.batch_size)]
@@ -105,9 +113,16 @@ def _answer_task(
     totals = _RunningTotals(task.metric)
     for outcome in answered.values():
         totals.add(outcome)
-    bar = tqdm(total=len(dataset.samples), initial=len(done), desc=task.name, unit="page", disable=processes.rank > 0)
+    bar = tqdm(
+        total=len(dataset.samples),
+        initial=len(done),
+        desc=task.name,
+        unit="page",
+        disable=processes.rank > 0,
+    )
     with bar:
-        # Every rank takes part in every round, if only with an empty list: `gather` waits for all of them.
+        # Every rank takes part in every round, if only with an empty list: `gather` waits for all
+        # of them.
         for _ in range(math.ceil(len(batches) / processes.world)):
             batch = next(own_batches, None)
             gathered = processes.gather(_answer_batch(spec, task, batch, model) if batch else [])
@@ -124,7 +139,7 @@ def _answer_task(
 
 
 def decoded_ahead(dataset: Dataset, batches: Iterable[Sequence[Sample]]) -> Iterator[list[PreparedSample]]:
-    """Yield the batches with their images, which one thread decodes while the caller works on earlier batches."""
+    """Yield the batches with their images, which a thread decodes ahead of the caller."""
 
     def prepare(batch: Sequence[Sample]) -> list[PreparedSample]:
         return [(sample, _image_or_error(dataset, sample)) for sample in batch]
@@ -147,7 +162,10 @@ def _image_or_error(dataset: Dataset, sample: Sample) -> Image.Image | UserError
 
 
 def _answer_batch(spec: RunSpec, task: Task, batch: Sequence[PreparedSample], model: Answerer) -> list[Outcome]:
-    """Return one outcome per sample, in order. A sample without an image, or one that the model refuses, fails."""
+    """Return one outcome per sample, in order.
+
+    A sample without an image, or one that the model refuses, fails.
+    """
     requests = [
         Request(task.prompt(sample), [image], sample.index)
         for sample, image in batch
@@ -167,7 +185,8 @@ def _ask(
 ) -> list[tuple[Answer | UserError, int]]:
     """Return each answer, and how many requests were asked together with it.
 
-    If the model refuses the batch, every request is asked alone, so that a bad one fails only itself.
+    If the model refuses the batch, every request is asked alone, so that a bad one fails only
+    itself.
     """
     if not requests:
         return []
@@ -181,7 +200,12 @@ def _ask(
 
 def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserError, asked_together: int) -> Outcome:
     """The outcome of a sample, scored unless the run is not to be scored."""
-    outcome: Outcome = {"task": task.name, "id": sample.id, "index": sample.index, "types": sample.types}
+    outcome: Outcome = {
+        "task": task.name,
+        "id": sample.id,
+        "index": sample.index,
+        "types": sample.types,
+    }
     if isinstance(answer, UserError):
         outcome["error"] = str(answer)
         return outcome

@@ -1,8 +1,9 @@
-"""`python -m eval sweep`: a grid of policies and KV budgets, and accuracy drawn against the bytes they hold.
+"""`python -m eval sweep`: a grid of policies and KV budgets, and a picture of their accuracy.
 
-Every cell of the grid is an ordinary run in its own folder. So an interrupted sweep continues where it stopped, and a
-larger one reuses what is done. `sweep.json` holds the grid, `sweep.md` its table and `sweep.png` the picture (if
-matplotlib is installed). A budget that a policy cannot meet is recorded with the reason and does not stop the others.
+Every cell of the grid is an ordinary run in its own folder. So an interrupted sweep continues where
+it stopped, and a larger one reuses what is done. `sweep.json` holds the grid, `sweep.md` its table
+and `sweep.png` the picture (if matplotlib is installed). A budget that a policy cannot meet is
+recorded with the reason and does not stop the others.
 """
 
 from __future__ import annotations
@@ -84,9 +85,15 @@ def run_sweep(arguments: Sequence[str]) -> None:
 
 
 def grid(
-    policies: Sequence[str], budgets: Sequence[float], extra_flags: Sequence[str] = (), suffix: str = ""
+    policies: Sequence[str],
+    budgets: Sequence[float],
+    extra_flags: Sequence[str] = (),
+    suffix: str = "",
 ) -> list[Cell]:
-    """The cells of every policy at every budget, with `suffix` in their names. `full` runs once, without a budget."""
+    """The cells of every policy at every budget, with `suffix` in their names.
+
+    `full` runs once, without a budget.
+    """
     cells = []
     for policy in policies:
         line = policy + suffix
@@ -123,7 +130,7 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace, processes: Proces
 
 
 def describe_cells(cells: Sequence[CellResult], question_types: Sequence[str] = ()) -> str:
-    """The cells as a Markdown table, also with scores by question type, and below it what was refused."""
+    """The cells as a Markdown table, and below it what was refused."""
     runs = [FinishedRun(cell.cell.name, cell.results, {}) for cell in cells if cell.results is not None]
     refused = [f"- {cell.cell.name} was refused: {cell.refusal}\n" for cell in cells if cell.refusal]
     table = comparison_table(runs, question_types)
@@ -131,11 +138,11 @@ def describe_cells(cells: Sequence[CellResult], question_types: Sequence[str] = 
 
 
 def draw_scores(cells: Sequence[CellResult], path: Path) -> bool:
-    """Draw the metrics of the first scored task against the KV bytes held per page, with standard errors.
+    """Draw the metrics of the first scored task against the KV bytes held per page.
 
-    A cell that answered fewer samples than others (because its budget was too small for the longest prompts) is left
-    out: its score is over other questions. Returns False, with a note on stderr, if there is nothing to draw or
-    matplotlib is missing.
+    A cell that answered fewer samples than others (because its budget was too small for the longest
+    prompts) is left out: its score is over other questions. Returns False, with a note on stderr,
+    if there is nothing to draw or matplotlib is missing.
     """
     scored = [
         (cell.cell.line, cell.results)
@@ -163,7 +170,7 @@ def draw_scores(cells: Sequence[CellResult], path: Path) -> bool:
 
 
 def _draw_metric(axes: Any, scored: Sequence[tuple[str, RunResults]], task: str, metric: str) -> None:
-    """Draw one metric of a task: a curve per line of the grid, and `full` as a dashed line across."""
+    """Draw one metric of a task: a curve per line, and `full` as a dashed line across."""
     full_bytes = scored[0][1]["cost"][task]["kv_full_bytes_mean"]
     unit, scale = ("MiB", 2**20) if full_bytes > 2**21 else ("KiB", 2**10)
     for name in dict.fromkeys(line for line, _ in scored):

@@ -1,11 +1,12 @@
 """The demo's data set: small business pages drawn by code, with questions about them.
 
-A page is typed like a receipt: each character fills a cell of 8 x 16 pixels, with glyphs of Pillow's own font squeezed
-into the cell. Page sizes are chosen so that LLaVA-NeXT's scaling is exactly 1 for the demo's pinpoints (112 x 224,
-224 x 112, 224 x 224), and so that its centred padding moves the text by whole cells. All randomness comes from one
-`random.Random`.
+A page is typed like a receipt: each character fills a cell of 8 x 16 pixels, with glyphs of
+Pillow's own font squeezed into the cell. Page sizes are chosen so that LLaVA-NeXT's scaling is
+exactly 1 for the demo's pinpoints (112 x 224, 224 x 112, 224 x 224), and so that its centred
+padding moves the text by whole cells. All randomness comes from one `random.Random`.
 
-`python -m eval.demo.pages --out DIR --pages N --seed S` writes a held-out set in the official DocVQA layout.
+`python -m eval.demo.pages --out DIR --pages N --seed S` writes a held-out set in the official
+DocVQA layout.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ LONG_TYPES = tuple(LONG_PHRASINGS)
 SUFFIX = "\nAnswer the question using a single word or phrase."  # appended by the DocVQA task too
 LONGEST_ANSWER = 150  # characters; a long answer has at least 40
 
-# Page sizes (height, width), some more likely than others. Each is scaled by 1 and padded by whole cells; together they
-# use every pinpoint, with and without unpadding.
+# Page sizes (height, width), some more likely than others. Each is scaled by 1 and padded by whole
+# cells; together they use every pinpoint, with and without unpadding.
 SIZES = (
     [(224, 224)] * 6
     + [(192, 224), (160, 224), (128, 224), (224, 208), (224, 192), (224, 176), (192, 224)]
@@ -97,7 +98,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a page: its name, the type of its value, the value, and the cell where the value starts."""
+    """A field of a page: its name, its value and the value's type and first cell."""
 
     name: str
     type: str
@@ -108,7 +109,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Page:
-    """A drawn page: `lines` are (row, column, text) in reading order, with rows and columns counted in cells."""
+    """A drawn page: `lines` are (row, column, text) in reading order, counted in cells."""
 
     image: Image.Image
     lines: tuple[tuple[int, int, str], ...]
@@ -119,8 +120,8 @@ class Page:
 class Question:
     """A question about a page, with its answer.
 
-    `type` is a value type or one of LONG_TYPES. `cells` has the (row, column) of each character of the answer that is
-    on the page, and None for separators.
+    `type` is a value type or one of LONG_TYPES. `cells` has the (row, column) of each character of
+    the answer that is on the page, and None for separators.
     """
 
     text: str
@@ -131,7 +132,7 @@ class Question:
 
 @functools.cache
 def _glyph(character: str, size: int, bold: bool) -> Image.Image:
-    """An 8 x 16 mask ("L") of one character, drawn four times as large and squeezed into the cell."""
+    """An 8 x 16 mask ("L") of a character, drawn four times as large and squeezed."""
     font = ImageFont.load_default(size=4 * size)
     left, _, right, _ = font.getbbox(character)
     ink = max(right - left, 1)
@@ -148,7 +149,10 @@ def _glyph(character: str, size: int, bold: bool) -> Image.Image:
 
 
 def _draw_image(rng: random.Random, size: tuple[int, int], lines: Sequence[tuple[int, int, str]]) -> Image.Image:
-    """The picture of a page. The order of the random draws is fixed: seeds must keep giving the same pages."""
+    """The picture of a page.
+
+    The order of the random draws is fixed: seeds must keep giving the same pages.
+    """
     height, width = size
     paper = rng.randint(205, 255)
     tint = [max(0, paper - rng.randint(0, 22)) for _ in range(3)]
@@ -180,9 +184,9 @@ def _draw_image(rng: random.Random, size: tuple[int, int], lines: Sequence[tuple
 def draw_page(rng: random.Random, split: str, size: tuple[int, int] | None = None) -> Page:
     """Draw a page whose values all belong to `split` ("train" or "heldout").
 
-    `size` is (height, width), one of SIZES; by default it is drawn from them. A page has its values beside their names
-    ("Name: value"), in a second column, or, always on narrow pages, under their names. As in `_draw_image`, the order
-    of the random draws is fixed.
+    `size` is (height, width), one of SIZES; by default it is drawn from them. A page has its values
+    beside their names ("Name: value"), in a second column, or, always on narrow pages, under their
+    names. As in `_draw_image`, the order of the random draws is fixed.
     """
     size = size or rng.choice(SIZES)
     rows, columns = size[0] // CELL_H, size[1] // CELL_W
@@ -231,7 +235,10 @@ def short_question(rng: random.Random, page_field: Field) -> Question:
 
 
 def long_question(rng: random.Random, page: Page, question_type: str) -> Question | None:
-    """A question with a long answer; None if the answer would have over LONGEST_ANSWER characters, or under 40."""
+    """A question with a long answer.
+
+    None if the answer would have over LONGEST_ANSWER characters, or under 40.
+    """
     parts, separator = _long_answer_parts(page, question_type)
     answer = ""
     cells: list[tuple[int, int] | None] = []
@@ -247,7 +254,10 @@ def long_question(rng: random.Random, page: Page, question_type: str) -> Questio
 
 
 def _long_answer_parts(page: Page, question_type: str) -> tuple[list[list[tuple[int, int, str]]], str]:
-    """The parts of a long answer and what separates them. A part is a list of (row, column, text), joined by spaces."""
+    """The parts of a long answer and what separates them.
+
+    A part is a list of (row, column, text), joined by spaces.
+    """
     if question_type == "transcribe":
         by_row: dict[int, list[tuple[int, int, str]]] = {}
         for line in page.lines:
@@ -262,7 +272,8 @@ def _long_answer_parts(page: Page, question_type: str) -> tuple[list[list[tuple[
 def heldout_pairs(pages: int, seed: int, long_share: float = 0.1) -> Iterator[tuple[Page, Question]]:
     """Yield `pages` held-out pages, each with a question.
 
-    Value types take turns. A share `long_share` of the questions, chosen at random, have a long answer instead.
+    Value types take turns. A share `long_share` of the questions, chosen at random, have a long
+    answer instead.
     """
     type_rng = random.Random(f"kinds {seed}")  # this string is part of the seed
     for index in range(pages):
@@ -281,7 +292,10 @@ def heldout_pairs(pages: int, seed: int, long_share: float = 0.1) -> Iterator[tu
 
 
 def write_docvqa(out: Path, pages: int, seed: int) -> Path:
-    """Write a held-out set as `out`/val_v1.0.json and `out`/documents/*.png. Returns the path of the JSON file."""
+    """Write a held-out set as `out`/val_v1.0.json and `out`/documents/*.png.
+
+    Returns the path of the JSON file.
+    """
     out = Path(out)
     (out / "documents").mkdir(parents=True, exist_ok=True)
     records = []
@@ -314,7 +328,8 @@ def write_docvqa(out: Path, pages: int, seed: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.demo.pages", description="Write held-out demo pages in the official DocVQA layout."
+        prog="python -m eval.demo.pages",
+        description="Write held-out demo pages in the official DocVQA layout.",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--pages", type=int, default=200, help="number of pages, with one question each (200)")

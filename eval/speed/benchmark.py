@@ -1,12 +1,12 @@
-"""How fast KV policies prefill and decode on a model shape, and how far that is from the device's limit.
+"""How fast KV policies prefill and decode on a shape, and how far from the device's limit.
 
     python scripts/benchmark.py --shape cpu-268m --policy full avl --batch 1 8 --dtype bfloat16
     python scripts/benchmark.py --shape llava-v1.6-vicuna-7b --dtype bfloat16 --vision_tokens 2880 --batch 1 8 32 \\
         --policy full avl --peers transformers:static --json OUT.json --plot OUT.png
 
-For every batch size and number of vision tokens, all policies and peers run in one process and take turns. The
-bandwidth of the device is measured first, so that every decode time can be compared to the time that only reading the
-step's bytes would take.
+For every batch size and number of vision tokens, all policies and peers run in one process and take
+turns. The bandwidth of the device is measured first, so that every decode time can be compared to
+the time that only reading the step's bytes would take.
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ def _refuse_repeated_labels(labels: Sequence[str]) -> None:
 
 
 def find_peer(name: str) -> PeerMaker | None:
-    """Return what makes the peer `NAME[:VARIANT]` for a model, from the file peer_NAME.py beside this one.
+    """Return what makes the peer `NAME[:VARIANT]` for a model, from peer_NAME.py.
 
-    Returns None, with a note, if a package that it needs is not installed. Raises `UserError` for an unknown name.
+    Returns None, with a note, if a package that it needs is not installed. Raises `UserError` for
+    an unknown name.
     """
     base, _, variant = name.partition(":")
     file = Path(__file__).with_name(f"peer_{base}.py")
@@ -132,13 +133,17 @@ def measure_case(
     vision_tokens: int,
     copy_bandwidth: float,
 ) -> dict[str, Any]:
-    """Time all contenders at one batch size and number of vision tokens. `copy_bandwidth` is in bytes per second."""
+    """Time all contenders at one batch size and number of vision tokens.
+
+    `copy_bandwidth` is in bytes per second.
+    """
     prompts = synthetic_prompts(model, batch, vision_tokens, args.text_tokens, args.seed)
     policies = [contender for contender in contenders if isinstance(contender, PolicyContender)]
     started = time.perf_counter()
     for contender in policies:
         if contender.compiled:
-            # The graphs of a prefill tell one sequence from several, and know nothing else of the batch.
+            # The graphs of a prefill tell one sequence from several, and know nothing else of the
+            # batch.
             for sequences in {1, min(batch, 2)}:
                 short = synthetic_prompts(model, sequences, min(vision_tokens, 64), args.text_tokens, args.seed)
                 contender.warm_up(short)
@@ -172,8 +177,9 @@ def measure_case(
 def contender_summary(name: str, measured: Mapping[str, Any], batch: int, copy_bandwidth: float) -> dict[str, Any]:
     """Summarise what `take_turns` measured of one contender.
 
-    Times are in milliseconds: medians and spread by kind of step, their mean over steps, and the limit, which is the
-    time that reading the step's bytes takes at `copy_bandwidth` bytes per second.
+    Times are in milliseconds: medians and spread by kind of step, their mean over steps, and the
+    limit, which is the time that reading the step's bytes takes at `copy_bandwidth` bytes per
+    second.
     """
     steps: Mapping[str, Sequence[float]] = measured["steps"]
     count = sum(map(len, steps.values()))
@@ -199,7 +205,7 @@ def contender_summary(name: str, measured: Mapping[str, Any], batch: int, copy_b
 
 
 def spread_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """The median and the first and last quartile in milliseconds, and the number of measurements."""
+    """The median and the outer quartiles in milliseconds, and the number of measurements."""
     ordered = sorted(1e3 * s for s in seconds)
     median = statistics.median(ordered)
     low, high = median, median
@@ -209,7 +215,7 @@ def spread_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def largest_batches(args: argparse.Namespace, model: Llava, candidates: Sequence[Candidate]) -> dict[str, int]:
-    """The largest batch of each policy that fits the GPU, at the largest number of vision tokens."""
+    """Each policy's largest batch that fits the GPU, at the largest number of vision tokens."""
 
     def prompts_of(batch: int) -> Prompts:
         return synthetic_prompts(model, batch, max(args.vision_tokens), args.text_tokens, args.seed)
@@ -218,7 +224,7 @@ def largest_batches(args: argparse.Namespace, model: Llava, candidates: Sequence
 
 
 def profile_tables(contender: PolicyContender, prompts: Prompts) -> dict[str, str]:
-    """The profiler's tables of where the time goes, for one more prefill and one more decode step of each kind."""
+    """The profiler's tables for one more prefill, and one more decode step of each kind."""
     with profile() as prefill:
         contender.prefill(prompts, 2 * contender.period)
     tables = {"prefill": _table_of(prefill)}

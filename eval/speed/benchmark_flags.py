@@ -15,7 +15,14 @@ from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.files import expect_writable
 
-_LEAST = {"vision_tokens": 0, "text_tokens": 1, "batch": 1, "new_tokens": 1, "repeats": 1, "prefills": 1}
+_LEAST = {
+    "vision_tokens": 0,
+    "text_tokens": 1,
+    "batch": 1,
+    "new_tokens": 1,
+    "repeats": 1,
+    "prefills": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,10 @@ class Candidate:
 
 
 def parse_benchmark(arguments: Sequence[str], description: str | None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the flags of the benchmark. Also returns what is left: flags of the cache, which hold for all policies."""
+    """Parse the flags of the benchmark.
+
+    Also returns what is left: flags of the cache, which hold for all policies.
+    """
     parser = Parser(description)
     _add_case_flags(parser)
     _add_run_flags(parser)
@@ -45,12 +55,23 @@ def parse_benchmark(arguments: Sequence[str], description: str | None) -> tuple[
 
 def _add_case_flags(parser: Parser) -> None:
     """The flags that say what is timed."""
-    parser.flag("shape", required=True, metavar="NAME|DIR", help=f"{', '.join(SHAPES)}, or a checkpoint folder")
+    parser.flag(
+        "shape",
+        required=True,
+        metavar="NAME|DIR",
+        help=f"{', '.join(SHAPES)}, or a checkpoint folder",
+    )
     parser.switch(
-        "random_weights", help="use only the shape of a checkpoint folder (a named shape always has random weights)"
+        "random_weights",
+        help="use only the shape of a checkpoint folder (a named shape always has random weights)",
     )
     parser.flag(
-        "vision_tokens", type=int, nargs="+", default=[2880], metavar="N", help="image tokens of a prompt (2880)"
+        "vision_tokens",
+        type=int,
+        nargs="+",
+        default=[2880],
+        metavar="N",
+        help="image tokens of a prompt (2880)",
     )
     parser.flag(
         "text_tokens",
@@ -92,7 +113,12 @@ def _add_run_flags(parser: Parser) -> None:
     _add_compile_flags(parser, default=True)
     parser.switch("largest_batch", help="also find each policy's largest batch that fits the GPU")
     parser.switch("profile", help="also show where the time of a prefill and of a decode step goes")
-    parser.flag("device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto: CUDA if there is a GPU)")
+    parser.flag(
+        "device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="(auto: CUDA if there is a GPU)",
+    )
     parser.flag(
         "dtype",
         default="auto",
@@ -100,12 +126,26 @@ def _add_run_flags(parser: Parser) -> None:
         help="(auto: the checkpoint's dtype on CUDA, float32 on the CPU)",
     )
     parser.flag("seed", type=int, default=0, help="seed of weights and prompts (0)")
-    parser.flag("json", type=Path, metavar="OUT.json", help="write all measurements, with versions and the command")
-    parser.flag("plot", type=Path, metavar="OUT.png", help="draw decode time against vision tokens, or batch size")
+    parser.flag(
+        "json",
+        type=Path,
+        metavar="OUT.json",
+        help="write all measurements, with versions and the command",
+    )
+    parser.flag(
+        "plot",
+        type=Path,
+        metavar="OUT.png",
+        help="draw decode time against vision tokens, or batch size",
+    )
 
 
 def _add_compile_flags(parser: Parser, default: bool) -> None:
-    parser.switch("compile", default=default, help="torch.compile decode steps and the prefill's blocks (true)")
+    parser.switch(
+        "compile",
+        default=default,
+        help="torch.compile decode steps and the prefill's blocks (true)",
+    )
     parser.flag("no_compile", dest="compile", action="store_false", help="run eagerly")
 
 

@@ -41,8 +41,8 @@ class Contender(Protocol):
     def facts(self) -> dict:
         """What is known after the last turn; it may take `period` more steps.
 
-        `step_bytes` by kind, `live_bytes`, `full_bytes` and `nbytes` of the KV cache, and the share of a core that a
-        refresh replaces, `core_replaced`, or None.
+        `step_bytes` by kind, `live_bytes`, `full_bytes` and `nbytes` of the KV cache, and the share
+        of a core that a refresh replaces, `core_replaced`, or None.
         """
 
 

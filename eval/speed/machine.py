@@ -19,7 +19,11 @@ def describe_machine(device: torch.device) -> dict[str, object]:
     """The name of the device, and its memory in bytes or its number of threads."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return {"device": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+        return {
+            "device": properties.name,
+            "memory": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
     return {"device": _cpu_name(), "threads": torch.get_num_threads()}
 
 

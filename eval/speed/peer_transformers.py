@@ -1,7 +1,8 @@
-"""transformers' `generate` on the decoder of a minivlm model, as a contender for `scripts/benchmark.py --peers`.
+"""transformers' `generate` on the decoder of a minivlm model, to be timed beside it.
 
-It uses SDPA attention and the model's own parameters, without a copy. Variant "" is the default of `generate`, with a
-cache that grows. Variant "static" has a static cache, and `generate` may compile, on the CPU too.
+It uses SDPA attention and the model's own parameters, without a copy. Variant "" is the default of
+`generate`, with a cache that grows. Variant "static" has a static cache, and `generate` may
+compile, on the CPU too.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Clock(BaseStreamer):
 
 
 class Peer:
-    """See `Contender`. Image features are replaced by the embeddings of random tokens, which cost the same."""
+    """See `Contender`.
+
+    Image features are replaced by the embeddings of random tokens, which cost the same.
+    """
 
     def __init__(self, name: str, model: Llava, variant: str) -> None:
         self.name = name
@@ -70,7 +74,8 @@ class Peer:
 
     def decode(self, steps: int) -> list[tuple[StepKind, float]]:
         synchronize(self.device)
-        # The first time is that of the prompt; the step after it feeds the prompt's last token and is not timed.
+        # The first time is that of the prompt; the step after it feeds the prompt's last token and
+        # is not timed.
         times = self._generate(steps + 1)[1:]
         return [("full", after - before) for before, after in pairwise(times)]
 
@@ -95,7 +100,10 @@ class Peer:
         }
 
     def _generate(self, tokens: int) -> list[float]:
-        """Generate `tokens` tokens. Returns when the prompt and each token were handed over, in seconds."""
+        """Generate `tokens` tokens.
+
+        Returns when the prompt and each token were handed over, in seconds.
+        """
         clock = Clock()
         compile_config = CompileConfig(mode="reduce-overhead" if self.device.type == "cuda" else "default")
         compile_config._compile_all_devices = True

@@ -48,8 +48,9 @@ def case_table(case: Mapping[str, Any]) -> str:
 def draw_decode_times(result: Mapping[str, Any], path: Path) -> None:
     """Draw decode milliseconds per token against vision tokens, with a panel per batch size.
 
-    If all cases have the same number of vision tokens, they are drawn against the batch size instead. Dashed lines
-    show the time that reading a step's bytes takes at the measured bandwidth. Without matplotlib there is only a note.
+    If all cases have the same number of vision tokens, they are drawn against the batch size
+    instead. Dashed lines show the time that reading a step's bytes takes at the measured bandwidth.
+    Without matplotlib there is only a note.
     """
     if not can_draw():
         return

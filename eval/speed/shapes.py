@@ -1,8 +1,8 @@
 """Models to time: the shapes of the real checkpoints with random weights, and random prompts.
 
-What a decode step costs depends on shapes and counts alone, with one exception: the number of entries of a core that
-change from one refresh to the next. Trained models look at much the same places step after step; models with random
-weights do not.
+What a decode step costs depends on shapes and counts alone, with one exception: the number of
+entries of a core that change from one refresh to the next. Trained models look at much the same
+places step after step; models with random weights do not.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts of one length: the ids [S] and the image features [N, C] of each sequence."""
+    """A batch of prompts of one length: ids [S] and image features [N, C] of each sequence."""
 
     ids: list[Tensor]
     features: list[Tensor]
@@ -100,7 +100,10 @@ class Prompts:
 
 
 def shape_config(shape: str) -> VLMConfig:
-    """The config of a named shape or of a checkpoint folder. Raises `UserError` for anything else."""
+    """The config of a named shape or of a checkpoint folder.
+
+    Raises `UserError` for anything else.
+    """
     if shape in SHAPES:
         return VLMConfig.from_dict(SHAPES[shape])
     folder = Path(shape).expanduser()
@@ -110,7 +113,7 @@ def shape_config(shape: str) -> VLMConfig:
 
 
 def make_model(shape: str, device: str, dtype: str, seed: int, random_weights: bool) -> Llava:
-    """Load the checkpoint of a folder, or make a model of a shape with random weights on the device."""
+    """Load the checkpoint of a folder, or make a model of a shape with random weights."""
     config = shape_config(shape)
     if shape not in SHAPES and not random_weights:
         return weights.load_model(Path(shape).expanduser(), device=device, dtype=dtype)
@@ -141,7 +144,7 @@ def random_model(config: VLMConfig, device: torch.device, dtype: torch.dtype, se
 
 
 def synthetic_prompts(model: Llava, batch: int, vision_tokens: int, text_tokens: int, seed: int) -> Prompts:
-    """Make prompts of random text before and after `vision_tokens` image tokens with random features.
+    """Make prompts of random text around `vision_tokens` image tokens with random features.
 
     Each sequence of the batch has another prompt.
     """

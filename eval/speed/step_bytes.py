@@ -1,4 +1,4 @@
-"""What a decode step of each LLaVA-NeXT shape has to read, and what A-VL leaves of it: a table of docs/performance.md.
+"""The bytes that a decode step reads: a table of docs/performance.md.
 
 This is arithmetic; nothing is measured.
 

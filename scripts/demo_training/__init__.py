@@ -1,1 +1,1 @@
-"""How the bundled demo checkpoint is made: tokenizer, packed batches, losses, optimisers, export and evaluation."""
+"""How the bundled demo checkpoint is made: tokenizer, batches, losses, optimisers, export."""

@@ -1,8 +1,8 @@
 """Training batches: pages of one size, each with all its questions packed into one sequence.
 
-A sequence consists of the prefix, the image tokens, and one segment per conversation. A segment attends to the prefix,
-the image and itself, and its positions continue those of the image. This is exactly what inference sees when it asks
-that question alone.
+A sequence consists of the prefix, the image tokens, and one segment per conversation. A segment
+attends to the prefix, the image and itself, and its positions continue those of the image. This is
+exactly what inference sees when it asks that question alone.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SECOND_TURN_RATE = 0.1  # second turns per question
 
 @dataclass
 class Batch:
-    """B pages of one size, with N image tokens, T packed text tokens and G tiles each (the base view first)."""
+    """B pages of one size, each with N image tokens, T text tokens and G tiles."""
 
     size: tuple[int, int]  # (height, width) of the pages
-    tiles: Tensor  # [B, G, 3, tile, tile] uint8
+    tiles: Tensor  # [B, G, 3, tile, tile] uint8, the base view first
     chars: Tensor  # [B, N, 2] character classes of each patch's two cells, IGNORE off the page grid
     field: Tensor  # [B, N] field class
     offset: Tensor  # [B, N] patches into the value, IGNORE outside of values
@@ -43,7 +43,8 @@ class Batch:
     targets: Tensor  # [B, T] the next token if it belongs to an answer, else IGNORE
     segment: Tensor  # [B, T] number of the conversation, -1 for padding
     position: Tensor  # [B, T] offset from the end of the image
-    pointer: Tensor  # [4, P] (b, t, n, count): text token t of page b should look at image token n, one of count
+    # [4, P] (b, t, n, count): text token t of page b should look at image token n, one of `count`
+    pointer: Tensor
 
     def to(self, device: torch.device) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -88,14 +89,14 @@ class PatchMap:
         self.off_grid = [*range(self.base), *newlines]  # image tokens that show no cell
 
     def locate(self, row: int, column: int) -> tuple[int, int]:
-        """The image token that shows a cell, and whether the cell is the first (0) or second (1) of its patch."""
+        """The image token that shows a cell, and the cell's place in the patch, 0 or 1."""
         patch_row, cell = row + self.row0 - self.box[0], column + self.col0
         return self.base + patch_row * self.width + cell // 2 - self.box[2], cell % 2
 
 
 @dataclass
 class _PackedText:
-    """The conversations about one page, packed: per token the fields of `Batch`, and pointers (t, n, number of n)."""
+    """The packed conversations about one page, and their pointers (t, n, count)."""
 
     tokens: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
@@ -105,9 +106,17 @@ class _PackedText:
 
 
 def draw_batch(
-    rng: random.Random, config: VLMConfig, encoder: Encoder, split: str, count: int, size: tuple[int, int] | None = None
+    rng: random.Random,
+    config: VLMConfig,
+    encoder: Encoder,
+    split: str,
+    count: int,
+    size: tuple[int, int] | None = None,
 ) -> Batch:
-    """Draw `count` pages of one size, with their questions. The size is random unless it is given."""
+    """Draw `count` pages of one size, with their questions.
+
+    The size is random unless it is given.
+    """
     size = size or rng.choice(pages.SIZES)
     patches = PatchMap(size, config)
     drawn = [pages.draw_page(rng, split, size) for _ in range(count)]
@@ -135,7 +144,7 @@ def draw_batch(
 
 
 def _label_image_tokens(page: pages.Page, patches: PatchMap) -> tuple[Tensor, Tensor, Tensor]:
-    """What the image tokens of a page show: `chars` [N, 2], `field` [N] and `offset` [N] of `Batch`."""
+    """What the image tokens of a page show: `chars`, `field` and `offset` of `Batch`."""
     chars = torch.zeros(patches.count, 2, dtype=torch.long)
     field_class = torch.zeros(patches.count, dtype=torch.long)
     offset = torch.full((patches.count,), IGNORE)
@@ -188,10 +197,12 @@ def _conversations(rng: random.Random, page: pages.Page) -> list[list[pages.Ques
 
 
 def _pointers(question: pages.Question, first: int, patches: PatchMap) -> list[tuple[int, int, int]]:
-    """Where the text tokens of an answer should look: (t, n, number of n). Token `first` predicts the first character.
+    """Where the text tokens of an answer should look: (t, n, count).
 
-    Every token looks at the patch of the character that it predicts. For a short answer, the first one looks at all
-    patches of the value.
+    Token `first` predicts the first character.
+
+    Every token looks at the patch of the character that it predicts. For a short answer, the first
+    one looks at all patches of the value.
     """
     targets = [patches.locate(*cell)[0] if cell else None for cell in question.cells]
     later = [(first + i, n, 1) for i, n in enumerate(targets) if i and n is not None]

@@ -21,7 +21,10 @@ from minivlm.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of the commands train, export and evaluate. Raises `UserError` for a user's mistake."""
+    """Run one of the commands train, export and evaluate.
+
+    Raises `UserError` for a user's mistake.
+    """
     args = _parser().parse_args(arguments)
     try:
         {"train": _train, "export": _export, "evaluate": _evaluate}[args.command](args)
@@ -60,7 +63,12 @@ def _parser() -> Parser:
     )
     train.flag("pages", type=int, default=8, help="pages per step (8)")
     train.flag("rate", type=float, default=2e-3, help="learning rate (0.002)")
-    train.flag("tower_rate", type=float, default=3e-4, help="learning rate of the vision tower in stage 2 (0.0003)")
+    train.flag(
+        "tower_rate",
+        type=float,
+        default=3e-4,
+        help="learning rate of the vision tower in stage 2 (0.0003)",
+    )
     train.flag(
         "device",
         choices=("auto", "cpu", "cuda"),
@@ -72,7 +80,10 @@ def _parser() -> Parser:
     export_ = command("export", "Write the trained model as a Hugging Face folder (float16), with example pages.")
     export_.flag("run", type=Path, required=True, help="folder of the run")
     export_.flag(
-        "out", type=Path, required=True, help="folder to write; an existing one is replaced, except for its README.md"
+        "out",
+        type=Path,
+        required=True,
+        help="folder to write; an existing one is replaced, except for its README.md",
     )
 
     evaluate = command("evaluate", "Exact match and ANLS by type of answer on held-out pages, one question each.")

@@ -16,12 +16,18 @@ Scores = dict[str, tuple[int, float, float]]  # by type: number of questions, ex
 
 
 def score_by_type(
-    vlm: VLM, pages: int, seed: int, batch_size: int, report_wrong: Callable[[str], None] | None = None
+    vlm: VLM,
+    pages: int,
+    seed: int,
+    batch_size: int,
+    report_wrong: Callable[[str], None] | None = None,
 ) -> Scores:
-    """Ask one question about each held-out page. Besides its type, a question counts as "short" or "long", and "all".
+    """Ask one question about each held-out page.
 
-    Short questions have the suffix of the DocVQA task, as in the evaluator's task `demo`, so that the figures are the
-    same. `report_wrong` receives a line for every answer that is not exact.
+    Besides its type, a question counts as "short" or "long", and "all".
+
+    Short questions have the suffix of the DocVQA task, as in the evaluator's task `demo`, so that
+    the figures are the same. `report_wrong` receives a line for every answer that is not exact.
     """
     scores: dict[str, list[tuple[float, float]]] = defaultdict(list)
     pairs = list(heldout_pairs(pages, seed))
@@ -30,14 +36,21 @@ def score_by_type(
         requests = [Request(q.text + ("" if q.type in LONG_TYPES else SUFFIX), [page.image]) for page, q in batch]
         answers = vlm.ask_batch(requests, sampling=Sampling(max_new_tokens=LONGEST_ANSWER + 1))
         for (_, question), answer in zip(batch, answers, strict=True):
-            score = exact_match(answer.text, [question.answer]), anls(answer.text, [question.answer])
+            score = (
+                exact_match(answer.text, [question.answer]),
+                anls(answer.text, [question.answer]),
+            )
             for name in (question.type, "long" if question.type in LONG_TYPES else "short", "all"):
                 scores[name].append(score)
             if report_wrong and not score[0]:
                 report_wrong(f"{question.type}: {question.text!r}: {answer.text!r}, right is {question.answer!r}")
     order = (*TYPES, *LONG_TYPES, "short", "long", "all")
     return {
-        name: (len(scores[name]), mean(exact for exact, _ in scores[name]), mean(near for _, near in scores[name]))
+        name: (
+            len(scores[name]),
+            mean(exact for exact, _ in scores[name]),
+            mean(near for _, near in scores[name]),
+        )
         for name in order
         if name in scores
     }

@@ -1,4 +1,4 @@
-"""Writing a trained model as an ordinary Hugging Face folder: float16 weights, tokenizer, processor, pages."""
+"""Writing a trained model as an ordinary Hugging Face folder, with example pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ _PREFIXES = {
     "lm_head.": "language_model.lm_head.",
     "vision_tower.": "vision_tower.vision_model.",
 }
-_EXAMPLES = ((224, 224), (192, 224), (224, 192), (112, 224), (80, 224), (224, 112), (160, 112), (224, 224))
+_EXAMPLES = (
+    (224, 224),
+    (192, 224),
+    (224, 192),
+    (112, 224),
+    (80, 224),
+    (224, 112),
+    (160, 112),
+    (224, 224),
+)
 
 
 def hub_tensors(llava: nn.Module, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
@@ -97,7 +106,7 @@ def _configs() -> dict[str, dict]:
 
 
 def write_examples(folder: Path, seed: int = 0) -> None:
-    """Write a few held-out pages as PNG, and `questions.json` with one long and two short questions for each."""
+    """Write a few held-out pages as PNG, and `questions.json` with questions about each."""
     folder.mkdir(parents=True, exist_ok=True)
     listing = []
     for i, size in enumerate(_EXAMPLES):

@@ -29,7 +29,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def learning_rate(progress: float) -> float:
-    """The factor on the learning rate at `progress` in [0, 1]: a short rise, a plateau, a linear fall to a fiftieth."""
+    """The factor on the learning rate: a short rise, a plateau, a linear fall to a fiftieth."""
     return min(1.0, (progress + 1e-4) / WARM_UP, max(0.02, (1 - progress) / COOL_DOWN))
 
 
@@ -42,7 +42,7 @@ def pointer_weight(progress: float) -> float:
 
 
 class TrainingRun:
-    """One training run in a folder with `state.pt` (to resume from), `tokenizer.json` and `log.jsonl`."""
+    """A training run, in a folder with `state.pt`, `tokenizer.json` and `log.jsonl`."""
 
     def __init__(self, folder: Path, device: torch.device, seed: int) -> None:
         self.folder, self.device, self.seed = folder, device, seed
@@ -82,7 +82,7 @@ class TrainingRun:
         write_whole(self.folder / "state.pt", lambda scratch: torch.save(state, scratch))
 
     def train(self, stage: int, budget: float, pages: int, rate: float, tower_rate: float) -> None:
-        """Train stage 1 (the vision tower) or 2 (everything) until it has had `budget` seconds, over all sittings."""
+        """Train stage 1 (the tower) or 2 (everything) for `budget` seconds over all sittings."""
         if self.stage > stage:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _held_out(self) -> dict[str, float]:
-        """The shares of short and long answers without a mistake on a few held-out pages, with teacher forcing."""
+        """The shares of held-out answers without a mistake, with teacher forcing."""
         rng = random.Random("held-out")
         shares = []
         for _ in range(6):
@@ -134,7 +134,13 @@ class TrainingRun:
         return loss, {**shares, **{f"{k}_loss": v for k, v in losses.items()}}
 
     def _step(
-        self, batch: Batch, stage: int, progress: float, rate: float, tower_rate: float, sums: dict[str, Any]
+        self,
+        batch: Batch,
+        stage: int,
+        progress: float,
+        rate: float,
+        tower_rate: float,
+        sums: dict[str, Any],
     ) -> None:
         with autocast(self.device):
             loss, measured = self._loss(batch.to(self.device), stage, progress)

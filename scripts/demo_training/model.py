@@ -1,9 +1,10 @@
 """The demo's configuration, and its training forward pass with the auxiliary losses.
 
-The modules are minivlm's own. Training differs from inference in three ways. Questions are packed under a block mask.
-The last layer is computed for text tokens only. And three auxiliary signals help early on: the tower names the
-characters in each patch; an early decoder layer names the field and offset of each value patch; and one head of a
-middle layer points at the patch with the next character (the last prompt token, at all patches of the value).
+The modules are minivlm's own. Training differs from inference in three ways. Questions are packed
+under a block mask. The last layer is computed for text tokens only. And three auxiliary signals
+help early on: the tower names the characters in each patch; an early decoder layer names the field
+and offset of each value patch; and one head of a middle layer points at the patch with the next
+character (the last prompt token, at all patches of the value).
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ CONFIG = {
 class _PackedAttention:
     """Takes the place of the decoder's cache in training, and stores nothing.
 
-    The first `shared` tokens (prefix and image) are causal. A text token attends to them and to its own segment.
-    `pointer` is that of `Batch`, with n counted from the start of the sequence.
+    The first `shared` tokens (prefix and image) are causal. A text token attends to them and to its
+    own segment. `pointer` is that of `Batch`, with n counted from the start of the sequence.
     """
 
     def __init__(self, segment: Tensor, pointer: Tensor, shared: int) -> None:
@@ -98,7 +99,7 @@ class _PackedAttention:
         return torch.cat(out, 2)
 
     def _point(self, q: Tensor, k: Tensor) -> None:
-        """Set the pointer loss: the cross-entropy of one head's attention with the patches where it should look."""
+        """Set the pointer loss: how far one head's attention is from where it should look."""
         head = POINTER_HEAD * k.shape[1] // q.shape[1]
         queries = q[:, POINTER_HEAD, self.shared :].float()  # [B, T, D]
         scores = queries @ k[:, head].float().transpose(1, 2) * q.shape[-1] ** -0.5
@@ -143,7 +144,7 @@ class DemoTrainer(nn.Module):
         return loss, {"read": right}
 
     def _grid(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """Assemble tiles [B, G, grid², C] into the unpadded picture [B, rows, cols, C], without the base view."""
+        """Assemble tiles [B, G, grid², C], but the base view, into a picture [B, rows, cols, C]."""
         side = self.config.vision.grid
         rows, cols = anyres.tile_grid(size, self.config)
         top, bottom, left, right = anyres.unpadded_box(size, (rows * side, cols * side))
@@ -151,7 +152,7 @@ class DemoTrainer(nn.Module):
         return picture.flatten(3, 4).flatten(1, 2)[:, top:bottom, left:right]
 
     def _packed(self, tiles: Tensor, size: tuple[int, int]) -> Tensor:
-        """Image tokens [B, N, C] of projected tiles [B, G, grid², C]: the base view, then rows with a newline each."""
+        """Image tokens [B, N, C] of projected tiles [B, G, grid², C], with newlines after rows."""
         grid = self._grid(tiles, size)
         newline = self.llava.image_newline.to(grid.dtype).expand(*grid.shape[:2], 1, -1)
         return torch.cat((tiles[:, 0], torch.cat((grid, newline), 2).flatten(1, 2)), 1)
@@ -164,7 +165,7 @@ class DemoTrainer(nn.Module):
         return batch.chars[:, side * side :].unflatten(1, (bottom - top, right - left + 1))[:, :, :-1]
 
     def _read(self, features: Tensor, chars: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of naming the characters in each patch, and the share of patches with text that are right."""
+        """The loss of naming each patch's characters, and the share of patches that are right."""
         logits = self.reader(features).unflatten(-1, (2, CHARS))
         inked = (chars > 0) | (torch.rand_like(chars, dtype=torch.float32) < 0.1)  # only some of the many blanks
         loss = F.cross_entropy(logits[inked].float(), chars[inked])
@@ -196,14 +197,18 @@ class DemoTrainer(nn.Module):
         return losses, {"read": right, **_shares_without_mistake(wrong, is_target)}
 
     def _decode(self, batch: Batch, image: Tensor, prefix: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the decoder. Returns the hidden states of the text [B, T, C], the field loss and the pointer loss."""
+        """Run the decoder.
+
+        Returns the hidden states of the text [B, T, C], the field loss and the pointer loss.
+        """
         decoder = self.llava.language_model
         count = len(image)
         start = decoder.embed_tokens(torch.tensor(prefix, device=image.device)).expand(count, -1, -1)
         text = decoder.embed_tokens(batch.tokens)
         hidden = torch.cat((start.to(image.dtype), image, text.to(image.dtype)), 1)
         shared = len(prefix) + image.shape[1]
-        positions = torch.cat((torch.arange(shared, device=image.device).expand(count, -1), shared + batch.position), 1)
+        shared_positions = torch.arange(shared, device=image.device).expand(count, -1)
+        positions = torch.cat((shared_positions, shared + batch.position), 1)
         rope = rope_table(positions, self.config.text, hidden.dtype)
         offset = torch.tensor([[0], [0], [len(prefix)], [0]], device=image.device)
         attention = _PackedAttention(batch.segment, batch.pointer + offset, shared)
@@ -218,8 +223,10 @@ class DemoTrainer(nn.Module):
     def _field_loss(self, image: Tensor, batch: Batch) -> Tensor:
         """The loss of naming the field and the offset of each image token [B, N, C]."""
         guess = self.whereabouts(image)
-        field, offset = guess[..., :FIELDS].flatten(0, 1).float(), guess[..., FIELDS:].flatten(0, 1).float()
-        return F.cross_entropy(field, batch.field.flatten()) + F.cross_entropy(offset, batch.offset.flatten())
+        field = guess[..., :FIELDS].flatten(0, 1).float()
+        offset = guess[..., FIELDS:].flatten(0, 1).float()
+        field_loss = F.cross_entropy(field, batch.field.flatten())
+        return field_loss + F.cross_entropy(offset, batch.offset.flatten())
 
     @staticmethod
     def _text_only(
@@ -244,7 +251,8 @@ class DemoTrainer(nn.Module):
 def _shares_without_mistake(wrong: Tensor, is_target: Tensor) -> dict[str, Tensor]:
     """The shares of short and of long answers whose characters are all right.
 
-    `wrong` [B, T] is 1 for a target that was missed; `is_target` [B, T] says which tokens have a target.
+    `wrong` [B, T] is 1 for a target that was missed; `is_target` [B, T] says which tokens have a
+    target.
     """
     ends = F.pad(is_target[:, :-1] & ~is_target[:, 1:], (0, 1))  # the last target of each answer
     answer = F.pad(ends.long().cumsum(1), (1, 0))[:, :-1]  # the number of the answer that a token belongs to

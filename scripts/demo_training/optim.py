@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024) for the matrices of the transformer layers, AdamW for everything else.
 
-Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix, which five Newton-Schulz steps find. The
-result is scaled to the root mean square of an Adam step, so that one learning rate serves both optimisers.
+Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix, which five
+Newton-Schulz steps find. The result is scaled to the root mean square of an Adam step, so that one
+learning rate serves both optimisers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Return the semi-orthogonal factors of matrices [M, rows, cols], by the quintic iteration in bfloat16."""
+    """Return the semi-orthogonal factors of matrices [M, rows, cols], iterated in bfloat16."""
     x = matrices.bfloat16()
     flip = x.shape[1] > x.shape[2]
     x = x.mT if flip else x
@@ -50,7 +51,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW for a model. A group's key "tower" says whether it belongs to the vision tower."""
+    """Muon and AdamW for a model.
+
+    A group's key "tower" says whether it belongs to the vision tower.
+    """
     groups = {(muon, tower): [] for muon in (True, False) for tower in (True, False)}
     for name, p in model.named_parameters():
         groups[p.ndim == 2 and ".layers." in name, "vision_tower" in name].append(p)

@@ -1,7 +1,7 @@
 """The demo's tokenizer and prompt format.
 
-The tokenizer is a byte-level BPE whose merges come from the questions alone. A question takes a dozen tokens, while
-answers are trained and produced one character at a time.
+The tokenizer is a byte-level BPE whose merges come from the questions alone. A question takes a
+dozen tokens, while answers are trained and produced one character at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ FIRST_TURN, NEXT_TURN = "\n{} ASSISTANT:", "USER: {} ASSISTANT:"
 
 
 def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer. It is always the same: its merges are learnt from questions drawn with a fixed seed."""
+    """Build the tokenizer.
+
+    It is always the same: its merges are learnt from questions drawn with a fixed seed.
+    """
     rng = random.Random("demo tokenizer")
     corpus: list[str] = []
     while len(corpus) < 4000:

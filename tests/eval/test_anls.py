@@ -1,4 +1,4 @@
-"""ANLS, exact match and the two other metrics, against hand-computed cases and plain re-statements."""
+"""ANLS, exact match and the two other metrics, against cases by hand and plain versions."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""The analysis of attention: rows against dense attention, numbers against plain loops, and the script."""
+"""The analysis of attention, against dense attention and plain loops, and its command."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 class Dense:
-    """A pass of the whole sequence at once that keeps every attention weight: per layer [S, S], mean over heads."""
+    """A pass over the whole sequence that keeps attention: per layer [S, S], mean over heads."""
 
     def __init__(self):
         self.weights = []

@@ -94,7 +94,8 @@ def test_what_is_written(shape, model, capsys):
         assert row["tokens_per_s"] == pytest.approx(2000 / row["step_ms"])
         assert row["share_of_limit"] == pytest.approx(row["bytes_per_s"] / result["bandwidth"]["copy"])
     assert avl["core_replaced"] is not None and 0 <= avl["core_replaced"] < 1
-    # 2 sequences, 2 layers, keys and values of 2 heads of 16 in float32; the prompt has 80 tokens, avl keeps 30 of 60.
+    # 2 sequences, 2 layers, keys and values of 2 heads of 16 in float32; the prompt has 80 tokens,
+    # avl keeps 30 of 60.
     entry = 2 * 2 * 16 * 4
     assert full["live_bytes"] == full["full_bytes"] == avl["full_bytes"] == 2 * 2 * 80 * entry
     assert avl["live_bytes"] == no_core["live_bytes"] == 2 * 2 * 50 * entry
@@ -265,7 +266,7 @@ def test_profiles_name_what_took_the_time(shape, capsys):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
 def test_transformers_is_timed_on_the_same_model(shape, tmp_path, kv_heads):
-    """Its tokens are ours: the same weights, without a copy, and a cache that goes on from turn to turn."""
+    """Its tokens are ours, from the same weights without a copy, over several turns."""
     pytest.importorskip("transformers")
     tiny.dump(tmp_path / "config.json", tiny.make_config("next-vicuna", kv_heads=kv_heads))
     model = make_model(str(tmp_path), "cpu", "auto", 0, random_weights=True)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -67,6 +68,18 @@ def test_compare_refuses_what_is_no_run(place, capsys):
     assert evaluate(["compare", str(tmp_path / "a")]) == 2
     assert capsys.readouterr().err.endswith("a: 2 runs; name one of them (expected the folder of a finished run)\n")
     assert evaluate(["compare"]) == 2
+
+
+def test_compare_refuses_runs_of_another_format(place, capsys):
+    tmp_path, _, flags = place
+    assert evaluate([*flags, "--output_path", str(tmp_path / "a")]) == 0
+    path = Path(only(tmp_path / "a")) / "results.json"
+    results = json.loads(path.read_text())
+    results["settings"]["format"] = 1
+    path.write_text(json.dumps(results))
+    capsys.readouterr()
+    assert evaluate(["compare", str(tmp_path / "a")]) == 2
+    assert capsys.readouterr().err == f"error: {path}: is not a run in format 2 (run it again)\n"
 
 
 def test_bootstrap_against_a_plain_one():

@@ -1,4 +1,4 @@
-"""Data sets and tasks: the official JSON layout, the hub's parquet files, prompts, and everything that can be wrong."""
+"""Data sets and tasks: the JSON layout, parquet files, prompts, and all that can be wrong."""
 
 import json
 import os

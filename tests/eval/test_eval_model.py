@@ -1,4 +1,4 @@
-"""The evaluator end to end on a tiny random checkpoint: what is answered depends on nothing but the settings."""
+"""The evaluator on a tiny random checkpoint: answers depend on nothing but the settings."""
 
 import os
 import subprocess
@@ -100,7 +100,7 @@ def test_half_precision_flips_are_counted(place, tmp_path, capsys):
 
 
 def test_two_processes_answer_as_one(place, tmp_path):
-    """With the same number of threads: another number rounds differently, and random weights give many near-ties."""
+    """With the same number of threads: others round differently, and near-ties are many here."""
     more = ["--batch_size", "2", "--policy", "avl", "--output_path"]
     starts = {
         "one": ["-m", "eval"],

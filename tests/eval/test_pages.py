@@ -1,4 +1,4 @@
-"""The demo's pages: the same from the same seed, held-out values never seen in training, every type of answer there."""
+"""The demo's pages: seeds, held-out values, and every type of question."""
 
 import json
 import random

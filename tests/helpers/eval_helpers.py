@@ -1,4 +1,4 @@
-"""A data set whose images carry their own answers, and a model that reads them: the evaluator without weights.
+"""A data set whose images carry their own answers, and a model that reads them.
 
 As a script it is `python -m eval` with that model in place of the loaded one.
 """
@@ -52,9 +52,10 @@ def write_docvqa(folder, count, split="val", **changes):
 
 
 class Reader:
-    """Answers with what the image says, wrongly (one letter off) for every third; remembers what it was asked.
+    """Answers with what the image says, every third with a wrong letter; remembers what it was asked.
 
-    Under a KV budget it holds that share of the bytes and knows only that share of ten pages; 5 % is too little for it.
+    Under a KV budget it holds that share of the bytes and knows only that share of ten pages; 5 %
+    is too little for it.
     """
 
     processor = None
@@ -103,7 +104,7 @@ def write_checkpoint(folder):
 
 
 def read_run(output):
-    """The one run under an output folder -> (its results without times and costs of this machine, rows by index)."""
+    """The only run under an output folder: its results without times, and its outcomes by index."""
     (path,) = Path(output).glob("*/results.json")
     results = json.loads(path.read_text())
     rows = {row["index"]: row for row in map(json.loads, (path.parent / "samples.jsonl").read_text().splitlines())}

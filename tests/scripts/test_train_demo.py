@@ -1,4 +1,4 @@
-"""The demo's training sees what inference sees, resumes where it stopped, and exports what `weights.load` reads."""
+"""The demo's training: what it sees, resuming, and the export."""
 
 import json
 import random

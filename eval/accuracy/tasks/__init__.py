@@ -1,7 +1,8 @@
 """The registry of tasks: what is asked, in which words, how it is scored, and where its data are.
 
-Names, prompts and token limits are those of lmms-eval for LLaVA (greedy decoding throughout), so that figures can be
-compared. A task is one `Task` in a small file of this folder and one entry of `TASKS`.
+Names, prompts and token limits are those of lmms-eval for LLaVA (greedy decoding throughout), so
+that figures can be compared. A task is one `Task` in a small file of this folder and one entry of
+`TASKS`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ _REFUSED = {"vqav2": "VQAv2", "nocaps": "Nocaps", "flickr30k": "Flickr30k"}
 def open_tasks(
     names: str, data: str | None = None, seed: int = 0, limit: float | None = None
 ) -> tuple[list[tuple[Task, Dataset]], list[str]]:
-    """Open the tasks with these comma-separated names. Return each with its data, and notes on what was left out.
+    """Open the tasks with these comma-separated names.
 
-    A group stands for its members. A member whose split is not among the data is left out with a note, unless that
-    leaves no member. Raises `UserError` for an unknown or unsupported name and for data that cannot be used.
+    Return each with its data, and notes on what was left out.
+
+    A group stands for its members. A member whose split is not among the data is left out with a
+    note, unless that leaves no member. Raises `UserError` for an unknown or unsupported name and
+    for data that cannot be used.
     """
     known = f"known: {', '.join((*GROUPS, *TASKS))}"
     opened: dict[str, tuple[Task, Dataset]] = {}

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.accuracy.anls import anls
-from eval.accuracy.data import Dataset, OtherSplit, Sample, download, read_docvqa_json, read_parquet_files
+from eval.accuracy.data import (
+    Dataset,
+    OtherSplit,
+    Sample,
+    download,
+    read_docvqa_json,
+    read_parquet_files,
+)
 from eval.accuracy.metrics import exact_match
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -15,7 +22,10 @@ SHORT = "\nAnswer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class Task:
-    """One task. A subclass changes how it asks (`prompt`), scores (`scores`) or finds its data (`open`)."""
+    """One task.
+
+    A subclass changes how it asks (`prompt`), scores (`scores`) or finds its data (`open`).
+    """
 
     name: str
     split: str  # "validation" or "test"
@@ -33,13 +43,16 @@ class Task:
 
     def scores(self, prediction: str, sample: Sample) -> dict[str, float]:
         """Every metric of one answer; NaN if the sample has no references."""
-        return {"exact_match": exact_match(prediction, sample.answers), "anls": anls(prediction, sample.answers)}
+        return {
+            "exact_match": exact_match(prediction, sample.answers),
+            "anls": anls(prediction, sample.answers),
+        }
 
     def open(self, data: str | None, seed: int, limit: float | None) -> Dataset:
-        """Read the task's data from a folder, a JSON file or a hub id, and limit it as `limited_count` says.
+        """Read the task's data from a folder, a JSON file or a hub id, limited by `limited_count`.
 
-        `seed` matters only if pages are drawn. Raises `OtherSplit` if the data are there but not this task's split,
-        and `UserError` for anything else.
+        `seed` matters only if pages are drawn. Raises `OtherSplit` if the data are there but not
+        this task's split, and `UserError` for anything else.
         """
         place = Path(data or self.hub).expanduser()
         if not place.exists():
@@ -53,7 +66,10 @@ class Task:
         return read_parquet_files(files, self.split).take(limit)
 
     def find(self, folder: Path) -> Path | Sequence[Path] | None:
-        """The JSON file, or else the parquet files, of this task's split in a folder; None if there is neither."""
+        """The JSON file, or else the parquet files, of this task's split in a folder.
+
+        None if there is neither.
+        """
         for pattern in self.json:
             if matches := sorted(folder.glob(pattern)):
                 return matches[0]

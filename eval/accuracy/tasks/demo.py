@@ -1,7 +1,8 @@
 """The task of the bundled checkpoint: held-out pages, drawn on the spot. `--seed` draws others.
 
-One question in ten asks for a long answer (the whole page, all fields, all values). These are asked without the
-suffix, which would ask for a single word, and every question may take as many tokens as the longest answer needs.
+One question in ten asks for a long answer (the whole page, all fields, all values). These are asked
+without the suffix, which would ask for a single word, and every question may take as many tokens as
+the longest answer needs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """DocVQA (Mathew et al., WACV 2021): questions about scanned pages, scored by ANLS.
 
-The test split has no public answers; its predictions are written as the file that the challenge's server accepts.
+The test split has no public answers; its predictions are written as the file that the challenge's
+server accepts.
 """
 
 from eval.accuracy.tasks.base import Task

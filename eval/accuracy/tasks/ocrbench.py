@@ -1,7 +1,9 @@
-"""OCRBench (Liu et al., 2023): 1000 questions of ten types. An answer is right if it contains a reference.
+"""OCRBench (Liu et al., 2023): 1000 questions of ten types.
 
-The questions carry their own instructions, so there is no suffix. Some answers are formulae, so the limit is 128
-tokens, as in lmms-eval.
+An answer is right if it contains a reference.
+
+The questions carry their own instructions, so there is no suffix. Some answers are formulae, so the
+limit is 128 tokens, as in lmms-eval.
 """
 
 from __future__ import annotations
