@@ -1,4 +1,4 @@
-"""The flags of `python -m eval` and the run that they describe; `sweep` has the same flags.
+"""`python -m eval ...`: answer and score a data set. `sweep` has the same flags.
 
 The command line is that of lmms-eval as the A-VL authors use it: `--model llava_hf
 --model_args pretrained=...,device_map=auto` works unchanged. What has no meaning here is accepted

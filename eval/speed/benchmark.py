@@ -139,15 +139,12 @@ def measure_case(
     """
     prompts = synthetic_prompts(model, batch, vision_tokens, args.text_tokens, args.seed)
     policies = [contender for contender in contenders if isinstance(contender, PolicyContender)]
-    started = time.perf_counter()
-    for contender in policies:
-        if contender.compiled:
-            # The graphs of a prefill tell one sequence from several, and know nothing else of the
-            # batch.
-            for sequences in {1, min(batch, 2)}:
-                short = synthetic_prompts(model, sequences, min(vision_tokens, 64), args.text_tokens, args.seed)
-                contender.warm_up(short)
-    warm_up_s = time.perf_counter() - started
+    # The graphs of a prefill tell one sequence from several, and know nothing else of the batch.
+    short_prompts = [
+        synthetic_prompts(model, sequences, min(vision_tokens, 64), args.text_tokens, args.seed)
+        for sequences in {1, min(batch, 2)}
+    ]
+    warm_up_s = _compile_prefills(policies, short_prompts)
     measured = take_turns(
         contenders,
         prompts,
@@ -174,6 +171,16 @@ def measure_case(
     return case
 
 
+def _compile_prefills(contenders: Sequence[PolicyContender], short_prompts: Sequence[Prompts]) -> float:
+    """Warm up the prefills of the compiled contenders; returns the seconds that it took."""
+    started = time.perf_counter()
+    for contender in contenders:
+        if contender.compiled:
+            for prompts in short_prompts:
+                contender.warm_up(prompts)
+    return time.perf_counter() - started
+
+
 def contender_summary(name: str, measured: Mapping[str, Any], batch: int, copy_bandwidth: float) -> dict[str, Any]:
     """Summarise what `take_turns` measured of one contender.
 
@@ -185,10 +192,10 @@ def contender_summary(name: str, measured: Mapping[str, Any], batch: int, copy_b
     count = sum(map(len, steps.values()))
 
     def mean_over_steps(by_kind: Mapping[str, float]) -> float:
-        return sum(by_kind[kind] * len(seconds) for kind, seconds in steps.items()) / count
+        return sum(by_kind[step_kind] * len(seconds) for step_kind, seconds in steps.items()) / count
 
-    decode_ms = {kind: spread_ms(seconds) for kind, seconds in steps.items()}
-    step_ms = mean_over_steps({kind: spread["median"] for kind, spread in decode_ms.items()})
+    decode_ms = {step_kind: spread_ms(seconds) for step_kind, seconds in steps.items()}
+    step_ms = mean_over_steps({step_kind: spread["median"] for step_kind, spread in decode_ms.items()})
     step_bytes = mean_over_steps(measured["step_bytes"])
     limit_ms = 1e3 * step_bytes / copy_bandwidth
     return {
@@ -232,8 +239,8 @@ def profile_tables(contender: PolicyContender, prompts: Prompts) -> dict[str, st
         contender.step()
     for _ in range(contender.period):
         with profile() as step:
-            kind = contender.step()
-        tables[f"{kind} step"] = _table_of(step)
+            step_kind = contender.step()
+        tables[f"{step_kind} step"] = _table_of(step)
     return tables
 
 

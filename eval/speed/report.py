@@ -14,7 +14,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "decode ms/token": lambda s: f"{s['step_ms']:.2f} ({s['speedup']:.2f} x)",
     "bytes allow": lambda s: f"{s['bytes_allow']:.2f} x",
     "by kind of step": lambda s: ", ".join(
-        f"{kind} {ms['median']:.2f} [{ms['q1']:.2f}, {ms['q3']:.2f}]" for kind, ms in s["decode_ms"].items()
+        f"{step_kind} {ms['median']:.2f} [{ms['q1']:.2f}, {ms['q3']:.2f}]" for step_kind, ms in s["decode_ms"].items()
     ),
     "tokens/s": lambda s: f"{s['tokens_per_s']:.1f}",
     "GB/s": lambda s: f"{s['bytes_per_s'] / 1e9:.1f}",

@@ -36,65 +36,74 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, text: str) -> Parser:
-        return commands.add_parser(name, help=text, description=text)
-
-    train = command(
-        "train",
-        "Train. RUN/state.pt is written every two minutes. RUN/log.jsonl gets a line every 20 seconds: losses, the "
-        "shares of short and long answers without a mistake, and pages per second.",
+    train = "Train the model, or continue a run."
+    _add_train_flags(
+        commands.add_parser(
+            "train",
+            help=train,
+            description=f"{train}\n\nRUN/state.pt is written every two minutes. RUN/log.jsonl gets a line every\n"
+            "20 seconds: losses, the shares of short and long answers without a mistake, and pages\nper second.",
+        )
     )
-    train.flag("run", type=Path, required=True, help="folder of the run")
-    train.flag("resume", action="store_true", help="continue from RUN/state.pt")
-    train.flag(
+    export_folder = "Write the trained model as a Hugging Face folder (float16), with example pages."
+    _add_export_flags(commands.add_parser("export", help=export_folder, description=export_folder))
+    evaluate = "Exact match and ANLS by type of answer on held-out pages, one question each."
+    _add_evaluate_flags(commands.add_parser("evaluate", help=evaluate, description=evaluate))
+    return parser
+
+
+def _add_train_flags(parser: Parser) -> None:
+    parser.flag("run", type=Path, required=True, help="folder of the run")
+    parser.flag("resume", action="store_true", help="continue from RUN/state.pt")
+    parser.flag(
         "stage",
         choices=("1", "2", "all"),
         default="all",
         help="1: the vision tower learns to name the characters in each patch; 2: the whole model learns to answer "
         "(all)",
     )
-    train.flag(
+    parser.flag(
         "time_budget",
         type=float,
         default=5940,
         help="seconds of training over all sittings; stage 1 gets an eighteenth of them, and the learning rate falls "
         "to a fiftieth at the end (5940, meant for two CPU cores)",
     )
-    train.flag("pages", type=int, default=8, help="pages per step (8)")
-    train.flag("rate", type=float, default=2e-3, help="learning rate (0.002)")
-    train.flag(
+    parser.flag("pages", type=int, default=8, help="pages per step (8)")
+    parser.flag("rate", type=float, default=2e-3, help="learning rate (0.002)")
+    parser.flag(
         "tower_rate",
         type=float,
         default=3e-4,
         help="learning rate of the vision tower in stage 2 (0.0003)",
     )
-    train.flag(
+    parser.flag(
         "device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="computes in bfloat16 on either device (auto: CUDA if there is a GPU)",
     )
-    train.flag("seed", type=int, default=0, help="seed of the weights and pages (0)")
+    parser.flag("seed", type=int, default=0, help="seed of the weights and pages (0)")
 
-    export_ = command("export", "Write the trained model as a Hugging Face folder (float16), with example pages.")
-    export_.flag("run", type=Path, required=True, help="folder of the run")
-    export_.flag(
+
+def _add_export_flags(parser: Parser) -> None:
+    parser.flag("run", type=Path, required=True, help="folder of the run")
+    parser.flag(
         "out",
         type=Path,
         required=True,
         help="folder to write; an existing one is replaced, except for its README.md",
     )
 
-    evaluate = command("evaluate", "Exact match and ANLS by type of answer on held-out pages, one question each.")
-    evaluate.flag("model", help="checkpoint folder (the bundled checkpoint)")
-    evaluate.flag("pages", type=int, default=500, help="number of pages (500)")
-    evaluate.flag("batch_size", type=int, default=8, help="questions asked at once (8)")
-    evaluate.flag("device", default="auto", help="auto, cpu or cuda (auto)")
-    evaluate.flag("dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
-    evaluate.flag("seed", type=int, default=0, help="seed of the pages (0)")
-    evaluate.flag("show_wrong", action="store_true", help="print every answer that is not exact")
-    return parser
+
+def _add_evaluate_flags(parser: Parser) -> None:
+    parser.flag("model", help="checkpoint folder (the bundled checkpoint)")
+    parser.flag("pages", type=int, default=500, help="number of pages (500)")
+    parser.flag("batch_size", type=int, default=8, help="questions asked at once (8)")
+    parser.flag("device", default="auto", help="auto, cpu or cuda (auto)")
+    parser.flag("dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
+    parser.flag("seed", type=int, default=0, help="seed of the pages (0)")
+    parser.flag("show_wrong", action="store_true", help="print every answer that is not exact")
 
 
 def _train(args: argparse.Namespace) -> None:

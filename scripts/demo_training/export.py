@@ -50,33 +50,30 @@ def hub_tensors(llava: nn.Module, dtype: torch.dtype = torch.float16) -> dict[st
     return renamed
 
 
+def _tokenizer_config(special: dict[str, str]) -> dict[str, object]:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "image_token": "<image>",
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["text_config"]["max_position_embeddings"],
+        "added_tokens_decoder": {
+            str(i): {"content": token, **flags, "special": True} for i, token in enumerate(SPECIALS)
+        },
+    }
+
+
 def _configs() -> dict[str, dict]:
+    """The content of the JSON files, by name."""
     processor = {"processor_class": "LlavaNextProcessor"}
     special = {k: SPECIALS[v] for k, v in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))}
     tile = CONFIG["vision_config"]["image_size"]
     return {
         "config.json": CONFIG,
         "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **special,
-            "image_token": "<image>",
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": CONFIG["text_config"]["max_position_embeddings"],
-            "added_tokens_decoder": {
-                str(i): {
-                    "content": token,
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": True,
-                }
-                for i, token in enumerate(SPECIALS)
-            },
-            **processor,
-        },
+        "tokenizer_config.json": {**_tokenizer_config(special), **processor},
         "special_tokens_map.json": special,
         "preprocessor_config.json": {
             "image_processor_type": "LlavaNextImageProcessor",
