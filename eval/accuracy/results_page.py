@@ -9,11 +9,13 @@ runs are not repeated.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.accuracy.command import parse_run
 from eval.accuracy.compare import FinishedRun, describe_differences, paired_differences
+from eval.accuracy.report import RunResults
 from eval.accuracy.sweep import (
     BUDGETS,
     Cell,
@@ -53,9 +55,7 @@ _BENCHMARK = (
 _PAGE = """\
 # Accuracy against KV bytes, measured
 
-This page is written by `make results`; do not edit it. Model `{settings[model]}`, task `{task}`
-({data}), {n} questions, batch size {settings[batch_size]}, {settings[device]}, dtype
-{settings[dtype]}; {versions}.
+{what_ran}
 
 Every figure has its standard error: two lines of a table must differ by well over both errors to
 mean something. The last table has paired differences. The bundled model is tiny and its pages are
@@ -137,15 +137,20 @@ def results_page(
     for name, cells in sections.items():
         picture = f"\n![{name}: accuracy against KV bytes]({name}.png)\n" if name in drawn else ""
         texts[name] = f"{picture}\n{describe_cells(cells, QUESTION_TYPES)}"
-    return _PAGE.format(
-        task=task,
-        settings=full["settings"],
-        data=full["data"][task],
-        n=full["results"][task]["n"],
-        versions=", ".join(f"{name} {version}" for name, version in full["versions"].items()),
-        claims="\n".join(_claims(task, policy_runs)),
-        **texts,
+    claims = "\n".join(_claims(task, policy_runs))
+    return _PAGE.format(what_ran=_what_ran(full, task), claims=claims, **texts)
+
+
+def _what_ran(results: RunResults, task: str) -> str:
+    """The first paragraph of the page."""
+    settings = results["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    text = (
+        f"This page is written by `make results`; do not edit it. Model `{settings['model']}`, "
+        f"task `{task}` ({results['data'][task]}), {results['results'][task]['n']} questions, "
+        f"batch size {settings['batch_size']}, {settings['device']}, dtype {settings['dtype']}; {versions}."
     )
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
 def _claims(task: str, policy_runs: Mapping[str, FinishedRun]) -> list[str]:
