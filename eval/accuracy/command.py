@@ -54,13 +54,14 @@ def run_evaluation(arguments: Sequence[str]) -> None:
         processes.leave()
 
 
-def parse_run(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Add the flags of a run to `parser` and parse `arguments`.
+def parse_run(parser: Parser, arguments: Sequence[str], **defaults: object) -> argparse.Namespace:
+    """Add the flags of a run to `parser`, with other `defaults` if given, and parse `arguments`.
 
     In the result, `--model_args` have replaced the flags they stand for, and `notes` names what has
     no meaning here.
     """
     _add_run_flags(parser, arguments)
+    parser.set_defaults(**defaults)
     args = parser.parse_args(arguments)
     args.notes = [f"--{name} has no meaning here" for name in _WITHOUT_MEANING if getattr(args, name) is not None]
     _apply_model_args(args)

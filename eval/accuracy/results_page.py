@@ -91,8 +91,7 @@ def write_results(arguments: Sequence[str]) -> None:
     """Run what the page shows and write the page, its data and its pictures."""
     parser = Parser(__doc__)
     parser.flag("docs", type=Path, default=Path("docs"), metavar="DIR", help="folder to write to (docs)")
-    parser.set_defaults(limit=200, batch_size=8)
-    args = parse_run(parser, arguments)
+    args = parse_run(parser, arguments, limit=200, batch_size=8)
     planned = planned_sections()
     done = iter(run_cells([cell for cells in planned.values() for cell in cells], args))
     sections = {name: [next(done) for _ in cells] for name, cells in planned.items()}

@@ -152,6 +152,7 @@ def test_sweep_refuses_what_cannot_run(place, capsys, flags, message):
 def test_the_page_of_results(place, tmp_path):
     cli.run(write_results, [*place[2], "--output_path", str(tmp_path / "out"), "--docs", str(tmp_path / "docs")])
     text = (tmp_path / "docs" / "results.md").read_text()
+    assert "10 questions, batch size 8, " in " ".join(text.split())
     assert "| full | 10 | 0 | 0.6000 ± 0.1633 |" in text and "| avl, window 16 50% | 10 | 0 | 0.3000" in text
     assert "- random 5% was refused: task docvqa_val: none of its 10 samples" in text
     assert "Against `full`: exact match -0.3000, 95 % interval" in text and "`avl` minus `h2o` at half: +0.0000" in text
