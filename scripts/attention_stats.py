@@ -1,6 +1,6 @@
-"""Measure what attention looks at; see eval/attention_command.py and `--help`."""
+"""Measure what attention looks at; see eval/attention/command.py and `--help`."""
 
-from eval.attention_command import measure_attention
+from eval.attention.command import measure_attention
 from minivlm.app.cli import run
 
 if __name__ == "__main__":

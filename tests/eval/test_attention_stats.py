@@ -9,8 +9,9 @@ import torch
 
 import tiny
 import weights
-from eval import attention_command
-from eval.attention_stats import PageRows, concordance, page_statistics, statistics, watch
+from eval.attention import command as attention_command
+from eval.attention.statistics import answer_statistics, concordance, mean_statistics
+from eval.attention.watch import AnswerAttention, watch_answer
 from eval.demo.pages import heldout_pairs
 from minivlm.app.cli import run
 from minivlm.errors import UserError
@@ -42,18 +43,18 @@ class Dense:
 def test_rows_are_those_of_dense_attention(folder):
     vlm = weights.load(folder, device="cpu")
     page, question = next(heldout_pairs(1, 3))
-    found = watch(vlm, question.text, page.image, 5)
+    found = watch_answer(vlm, question.text, page.image, 5)
     inputs = vlm.processor([vlm.processor.question(question.text, 1)], [[page.image]])
-    tokens = vlm.ask(question.text, [page.image], sampling=Sampling(5)).token_ids[: len(found.rows) - 1]
+    tokens = vlm.ask(question.text, [page.image], sampling=Sampling(5)).token_ids[: len(found.attn) - 1]
     ids, dense = torch.cat((inputs.input_ids, torch.tensor([tokens])), dim=1), Dense()
     embeds = vlm.model.embed(ids, vlm.image_features(inputs.pixel_values, inputs.image_sizes))
     vlm.model(embeds, torch.arange(ids.shape[1])[None], dense)
     length = inputs.input_ids.shape[1]
     assert (
-        len(found.rows) > 2
+        len(found.attn) > 2
         and found.is_vision.tolist() == (inputs.input_ids[0] == vlm.config.image_token_index).tolist()
     )
-    for step, rows in enumerate(found.rows):
+    for step, rows in enumerate(found.attn):
         columns = length + step
         expected = torch.stack([weights[columns - 1, :columns] for weights in dense.weights])
         torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-6)
@@ -93,7 +94,7 @@ def close(found, expected) -> bool:
     return abs(found - expected) < 1e-5
 
 
-def page(rng: random.Random, steps: int, layers: int = 3) -> PageRows:
+def page(rng: random.Random, steps: int, layers: int = 3) -> AnswerAttention:
     """Random rows over a prompt with text between vision; values in tenths, so that ties occur."""
     kinds = (
         [False] * rng.randint(1, 3)
@@ -106,16 +107,16 @@ def page(rng: random.Random, steps: int, layers: int = 3) -> PageRows:
         torch.tensor([[rng.randint(0, 10) / 10 for _ in range(len(kinds) + step)] for _ in range(layers)])
         for step in range(steps)
     ]
-    return PageRows(rows, torch.tensor(kinds), "")
+    return AnswerAttention(rows, torch.tensor(kinds), "")
 
 
 @pytest.mark.parametrize("seed, steps", [(0, 1), (1, 2), (2, 7), (3, 12)])
 def test_page_statistics_against_loops(seed, steps):
     given, shares, distances = page(random.Random(seed), steps), (0.2, 0.5), 4
-    found = page_statistics(given, shares, distances)
+    found = answer_statistics(given, shares, distances)
     kinds = given.is_vision.tolist()
     system = kinds.index(True)
-    rows = [row.tolist() for row in given.rows]  # [steps][L][columns]
+    rows = [row.tolist() for row in given.attn]  # [steps][L][columns]
     vision = [i for i, is_vision in enumerate(kinds) if is_vision]
     text = [[i for i in range(system, len(kinds) + t) if i not in vision] for t in range(steps)]
 
@@ -168,7 +169,7 @@ def test_page_statistics_against_loops(seed, steps):
 def test_statistics_count_every_page_the_same():
     rng = random.Random(5)
     pages, shares = [page(rng, steps) for steps in (1, 6, 3)], (0.3,)
-    found, each = statistics(pages, shares, 4), [page_statistics(one, shares, 4) for one in pages]
+    found, each = mean_statistics(pages, shares, 4), [answer_statistics(one, shares, 4) for one in pages]
     (index,) = found["concordance"]
     assert found["pages"] == 3 and found["steps"] == [1, 6, 3] and found["vision_tokens"] == [11, 11, 11]
     between = sum(one["layers"][0] for one in each) / 3
@@ -188,12 +189,12 @@ def test_statistics_count_every_page_the_same():
     assert close(found["mass"]["vision"]["by_step"][3], float(each[1]["mass"][:, 3, 1].mean()))
     assert close(found["mass"]["text"]["by_step"][0], mean(float(one["mass"][:, 0, 2].mean()) for one in each))
     assert close(found["text_decay"]["mean"][0], mean(float(one["decay"][:, 0].mean()) for one in each))
-    assert statistics(pages[:1], shares, 4)["concordance"][0]["between_steps_mean"] == [None] * 4
+    assert mean_statistics(pages[:1], shares, 4)["concordance"][0]["between_steps_mean"] == [None] * 4
     for share in (0, 1.5):
         with pytest.raises(UserError, match=f"the shares of top tokens are {share:g} .expected above 0, up to 1"):
-            statistics(pages, (share,), 4)
+            mean_statistics(pages, (share,), 4)
     with pytest.raises(UserError, match="no pages"):
-        statistics([], shares, 4)
+        mean_statistics([], shares, 4)
 
 
 def script(*arguments) -> None:

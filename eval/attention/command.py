@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 import weights
 from eval.accuracy.tasks.demo import DEMO
-from eval.attention_stats import draw, statistics, watch
+from eval.attention.plot import draw_statistics
+from eval.attention.statistics import mean_statistics
+from eval.attention.watch import watch_answer
 from eval.json_files import write_json
 from minivlm.app.cli import Parser
 from minivlm.errors import UserError
@@ -40,11 +42,11 @@ def measure_attention(arguments: Sequence[str]) -> None:
     questions = _questions(args)
     vlm = weights.load(args.model, device=args.device, dtype=args.dtype)
     progress = tqdm(questions, unit="page", disable=None)
-    pages = (watch(vlm, prompt, image, args.max_new_tokens) for prompt, image in progress)
-    stats = statistics(pages, args.top, args.distances)
+    pages = (watch_answer(vlm, prompt, image, args.max_new_tokens) for prompt, image in progress)
+    stats = mean_statistics(pages, args.top, args.distances)
     write_json(args.json, stats)
     if args.plot:
-        write_whole(args.plot, lambda path: draw(stats, path))
+        write_whole(args.plot, lambda path: draw_statistics(stats, path))
     print("\n".join(summary_lines(stats)))
 
 
@@ -103,7 +105,7 @@ def _questions(args: argparse.Namespace) -> list[tuple[str, Image.Image]]:
 
 
 def summary_lines(stats: dict[str, Any]) -> list[str]:
-    """The means of `eval.attention_stats.statistics`, one to a line."""
+    """The means of `eval.attention.statistics.mean_statistics`, one to a line."""
     lines = [f"{stats['pages']} pages, {sum(stats['steps'])} steps, {stats['layers']} layers"]
     for concordance in stats["concordance"]:
         layers, steps = concordance["between_layers_mean"], concordance["between_steps_mean"][0]
