@@ -1,7 +1,7 @@
 """How contenders are timed: started once, then in turns, so that what disturbs a machine disturbs all alike.
 
 A decode step has to read the decoder's weights and the entries of its pass (on a CPU a core step passes over everything
-that was kept).  Those bytes, divided by the bandwidth of the device, are the time that no step can beat.
+that was kept). Those bytes, divided by the bandwidth of the device, are the time that no step can beat.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def take_turns(
 ) -> dict[str, dict]:
     """Seconds and facts of each contender: prefills in turn, a warm-up each, then `rounds` of `steps` steps in turn.
 
-    With more than one prefill the first counts as warm-up.  `steps` are rounded up to whole periods, so that kinds of
+    With more than one prefill the first counts as warm-up. `steps` are rounded up to whole periods, so that kinds of
     steps are timed as often as they come.
     """
     turn = {c.name: -(-steps // c.period) * c.period for c in contenders}
