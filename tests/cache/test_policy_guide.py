@@ -1,4 +1,4 @@
-"""The policy of docs/policies.md, run from a file as it stands there; and what files are refused as policies."""
+"""The policy of docs/policies.md, run from a file as it is printed there; and files that are refused as policies."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from avl_cases import tiny_model
-from cache_helpers import Player
+from avl_cases import IMAGE_TOKEN, tiny_model
+from cache_helpers import Replay
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser
 from minivlm.cache import policies as shipped
@@ -23,7 +23,7 @@ from policies import embed, prompt_ids
 
 GUIDE = ROOT / "docs" / "policies.md"
 MODEL = tiny_model(8, layers=2, heads=(4, 2))
-IDS = [prompt_ids(MODEL, 3, 30, 9), prompt_ids(MODEL, 2, 12, 20)]
+PROMPTS = [prompt_ids(MODEL, 3, 30, 9), prompt_ids(MODEL, 2, 12, 20)]
 
 
 @pytest.fixture
@@ -41,24 +41,33 @@ def python_blocks() -> list[str]:
 
 
 def policy_of(file: Path, line: str = "") -> Policy:
+    """The policy of a command line that names this file."""
     words = ["--policy_file", str(file), *line.split()]
     parser = Parser("")
     policy_flags.add_arguments(parser, words)
     return policy_flags.from_args(parser.parse_args(words)).build(2)
 
 
-def play(file: Path, static: bool, poison: bool = False) -> Player:
-    player = Player(MODEL, policy_of(file, "--kv_budget 0.25"), batch=2, static=static, poison=poison)
-    player.turn(embed(MODEL, IDS), [ids == 47 for ids in IDS], 12)
+def replay_prefill(policy: Policy, **options: bool) -> Replay:
+    """Both prompts prefilled, with room for an answer of 12 tokens."""
+    replayed = Replay(MODEL, policy, batch=2, **options)
+    replayed.turn(embed(MODEL, PROMPTS), [ids == IMAGE_TOKEN for ids in PROMPTS], 12)
+    return replayed
+
+
+def replay_answer(file: Path, **options: bool) -> Replay:
+    replayed = replay_prefill(policy_of(file, "--kv_budget 0.25"), **options)
     for step in range(11):
-        player.step([10 + step, 30 + step])
-    return player
+        replayed.step([10 + step, 30 + step])
+    return replayed
 
 
 def test_it_holds_what_the_last_query_attends_to_most(tova, monkeypatch):
     policy = policy_of(tova, "--kv_budget 0.25")
     budget = type(policy.budget)
-    projected, evicted, attend, score_step = [], [], PrefillPass.attend, budget.score_step
+    projected = []  # queries and keys of the prefill, by layer
+    least_attended = []  # by step and layer: for each row a place in the tail
+    attend, score_step = PrefillPass.attend, budget.score_step
 
     def attended(self, layer_idx, q, k, v):
         projected.append((q, k))
@@ -66,38 +75,39 @@ def test_it_holds_what_the_last_query_attends_to_most(tova, monkeypatch):
 
     def scored(self, scores, attn, live, new):
         mean = attn.mean(dim=1).masked_fill(~live[:, 0], torch.inf)  # [B, slots]
-        evicted.append(mean.argmin(dim=1).tolist())
+        least_attended.append(mean.argmin(dim=1).tolist())
         return score_step(self, scores, attn, live, new)
 
     monkeypatch.setattr(PrefillPass, "attend", attended)
     monkeypatch.setattr(budget, "score_step", scored)
-    player = Player(MODEL, policy, batch=2)
-    player.turn(embed(MODEL, IDS), [ids == 47 for ids in IDS], 12)
+    replayed = replay_prefill(policy)
     for layer_idx, (q, k) in enumerate(projected):
-        for row, ids in enumerate(IDS):
+        for row, ids in enumerate(PROMPTS):
             n = len(ids)
             keys = k[row, :, :n].repeat_interleave(2, dim=0)  # [H, n, D]
             scores = keys @ q[row, :, n - 1, :, None] / k.shape[-1] ** 0.5  # [H, n, 1]
             mean = scores.softmax(dim=1).mean(dim=0)[:, 0]
-            assert player.held[0][row][layer_idx] == [set(mean.topk(n // 4).indices.tolist())] * 2
+            assert replayed.live[0][row][layer_idx] == [set(mean.topk(n // 4).indices.tolist())] * 2
     for step in range(11):
-        evicts = player.cache.tables[0][1, :, step].tolist()
-        player.step([10 + step, 30 + step])
-        for layer_idx, buffers in enumerate(player.cache.layers):
+        evicts = replayed.cache.tables[0][1, :, step].tolist()
+        replayed.step([10 + step, 30 + step])
+        for layer_idx, buffers in enumerate(replayed.cache.layers):
             for row in range(2):
-                slot = buffers.layout.tail_start + evicted[layer_idx - 2][row]
-                gone = int(buffers.position[row, 0, slot])
-                held = player.held[-2][row][layer_idx][0] | {player.seen[-1][row] - 1}
-                assert player.held[-1][row][layer_idx] == [held - {gone} if evicts[row] else held] * 2
+                new = replayed.lengths[-1][row] - 1
+                expected = replayed.live[-2][row][layer_idx][0] | {new}
+                if evicts[row]:
+                    slot = buffers.layout.tail_start + least_attended[layer_idx - 2][row]
+                    expected -= {int(buffers.position[row, 0, slot])}
+                assert replayed.live[-1][row][layer_idx] == [expected] * 2
 
 
 def test_it_has_all_that_a_policy_has(tova):
-    """Bytes within the share, the same from both decode implementations, and dead slots that do not matter."""
-    plain, static, poisoned = play(tova, False), play(tova, True), play(tova, False, poison=True)
-    assert plain.held == static.held == poisoned.held
-    for a, b, c in zip(plain.logits, static.logits, poisoned.logits, strict=True):
-        torch.testing.assert_close(b, a, atol=1e-4, rtol=0)
-        assert torch.equal(a, c)
+    """Bytes within the share, the same answer from both decode implementations, and dead slots that do not matter."""
+    plain, static, poisoned = (replay_answer(tova, **options) for options in ({}, {"static": True}, {"poison": True}))
+    assert plain.live == static.live == poisoned.live
+    for expected, from_static, from_poisoned in zip(plain.logits, static.logits, poisoned.logits, strict=True):
+        torch.testing.assert_close(from_static, expected, atol=1e-4, rtol=0)
+        assert torch.equal(from_poisoned, expected)
     assert 0 < live_bytes(plain.cache) <= 0.25 * full_bytes(plain.cache)
     assert policy_of(tova).name == "tova" and policy_of(tova).budget.share == 0.5
     assert policy_of(tova, "--policy avl") == shipped.preset("avl").build(2)
@@ -105,18 +115,21 @@ def test_it_has_all_that_a_policy_has(tova):
         policy_of(tova, "--text_pruning_flag")
 
 
-def test_its_line_in_the_registry(tova):
-    _, line = python_blocks()
+def test_the_lines_of_the_registry(tova):
+    """The guide's line for its own policy, and that for a preset of a shipped one."""
+    _, tova_line = python_blocks()
     (defined,) = policy_flags.load_policy_file(tova).values()
-    presets = eval("{" + line + "}", {"Preset": shipped.Preset, "TovaSettings": defined.settings})
+    presets = eval("{" + tova_line + "}", {"Preset": shipped.Preset, "TovaSettings": defined.settings})
     assert shipped.preset("tova", presets=presets, kv_budget=0.25).build(2).budget.share == 0.25
-    (small,) = re.findall(r'`("avl-small": .*?)`', GUIDE.read_text())
-    presets = eval("{" + small + "}", {"Preset": shipped.Preset, "AVLSettings": AVLSettings})
+    (small_line,) = re.findall(r'`("avl-small": .*?)`', GUIDE.read_text())
+    presets = eval("{" + small_line + "}", {"Preset": shipped.Preset, "AVLSettings": AVLSettings})
     assert shipped.preset("avl-small", presets=presets).build(2).vision.rate == 0.9
 
 
 HEAD = "from dataclasses import dataclass\nfrom minivlm.cache import CacheSettings, setting\n"
 CLASS = HEAD + "@dataclass(frozen=True, kw_only=True)\nclass Mine(CacheSettings):\n"
+NAMED = CLASS + "    policy: str = 'm'\n"
+# The text of a file, and what is said about it.
 REFUSED = {
     "no policy": ("x = 1\n", "defines 0 subclasses of CacheSettings"),
     "two policies": (CLASS + "    policy: str = 'a'\nclass B(Mine): ...\n", "defines 2 subclasses of CacheSettings"),
@@ -124,11 +137,8 @@ REFUSED = {
     "no name": (CLASS + "    share: float = setting(0.5, 'share')\n", "the policy is called 'full', which is taken"),
     "no Python": ("def:\n", "SyntaxError"),
     "an error": ("1 / 0\n", "ZeroDivisionError: division by zero"),
-    "another type": (
-        CLASS + "    policy: str = 'm'\n    kv_budget: int = setting(1, 'x')\n",
-        "--kv_budget has another type",
-    ),
-    "no type of a flag": (CLASS + "    policy: str = 'm'\n    x: tuple = setting((), 'x')\n", "no type of a flag"),
+    "another type": (NAMED + "    kv_budget: int = setting(1, 'x')\n", "--kv_budget has another type"),
+    "no type of a flag": (NAMED + "    x: tuple = setting((), 'x')\n", "no type of a flag"),
 }
 
 

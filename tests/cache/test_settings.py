@@ -1,4 +1,4 @@
-"""The settings of a KV policy: flags in both spellings, presets and what overrides them, and what is refused."""
+"""The settings of KV policies: flags in both spellings, presets and what overrides them, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,12 +19,23 @@ from minivlm.errors import UserError
 
 # Every flag of the A-VL authors' code, with its default there.
 ORIGINAL = {
-    "vision_adaptive_attention": False, "vision_adaptive_attention_rate": 0.5, "vision_adaptive_attention_compute_rate": 0.6,
-    "vision_adaptive_attention_update_interval": -1, "prefill_filter_flag": False, "prefill_filter_layer": 3,
-    "prefill_filter_rate": 0.5, "text_pruning_flag": False, "text_pruning_rate": 0.5, "text_init_cache": 20,
-    "text_use_h2o": True, "text_h20_hh_rate_in_cache": 0.7, "compare_text_direct_pruning": False, "all_use_h2o": False,
-}  # fmt: skip
-BEYOND = {"text_pruning_interval": None, "kv_budget": None, "vision_score_window": 1}
+    "vision_adaptive_attention": False,
+    "vision_adaptive_attention_rate": 0.5,
+    "vision_adaptive_attention_compute_rate": 0.6,
+    "vision_adaptive_attention_update_interval": -1,
+    "prefill_filter_flag": False,
+    "prefill_filter_layer": 3,
+    "prefill_filter_rate": 0.5,
+    "text_pruning_flag": False,
+    "text_pruning_rate": 0.5,
+    "text_init_cache": 20,
+    "text_use_h2o": True,
+    "text_h20_hh_rate_in_cache": 0.7,
+    "compare_text_direct_pruning": False,
+    "all_use_h2o": False,
+}
+# The other flags of `AVLSettings`.
+ADDED = {"text_pruning_interval": None, "kv_budget": None, "vision_score_window": 1}
 
 
 def parse(line: str, seed: int = 0) -> CacheSettings:
@@ -35,51 +46,43 @@ def parse(line: str, seed: int = 0) -> CacheSettings:
 
 def test_flags_and_defaults_are_the_originals():
     defaults = {flag: getattr(AVLSettings(), name) for name, flag in flag_names(AVLSettings).items()}
-    assert defaults == {**ORIGINAL, **BEYOND}
+    assert defaults == {**ORIGINAL, **ADDED}
     assert parse("") == AVLSettings() == preset("full")
 
 
-@pytest.mark.parametrize("flag", [*ORIGINAL, *BEYOND])
+@pytest.mark.parametrize("flag", [*ORIGINAL, *ADDED])
 def test_both_spellings_mean_the_same(flag):
-    default = {**ORIGINAL, **BEYOND}[flag]
+    default = {**ORIGINAL, **ADDED}[flag]
     value = {bool: "false" if default else "true", float: "0.25", int: "7", type(None): "1"}[type(default)]
     lines = [f"--{spelling}{sep}{value}" for spelling in (flag, flag.replace("_", "-")) for sep in (" ", "=")]
     first, *others = map(parse, lines)
     assert all(settings == first for settings in others)
-    changed = [name for name in flag_names(AVLSettings) if getattr(first, name) != getattr(AVLSettings(), name)]
-    assert [flag_names(AVLSettings)[name] for name in changed] == [flag]
+    flags, defaults = flag_names(AVLSettings), AVLSettings()
+    assert [flags[name] for name in flags if getattr(first, name) != getattr(defaults, name)] == [flag]
 
 
 @pytest.mark.parametrize("flag", [name for name, default in ORIGINAL.items() if isinstance(default, bool)])
 def test_a_boolean_stands_alone_or_takes_a_word(flag):
-    name = next(name for name, its_flag in flag_names(AVLSettings).items() if its_flag == flag)
-    needed = "" if flag != "compare_text_direct_pruning" else "--text_use_h2o no "
-    for words, value in (
-        ("", True),
-        (" true", True),
-        (" 1", True),
-        (" YES", True),
-        (" false", False),
-        (" 0", False),
-        (" No", False),
-    ):
-        assert getattr(parse(f"{needed}--{flag}{words}"), name) is value
-    for words in ("None", "off", "2", "''"):
+    (name,) = [field for field, its_flag in flag_names(AVLSettings).items() if its_flag == flag]
+    needed = "--text_use_h2o no " if flag == "compare_text_direct_pruning" else ""
+    for word in ("", "true", "1", "YES"):
+        assert getattr(parse(f"{needed}--{flag} {word}"), name) is True
+    for word in ("false", "0", "No"):
+        assert getattr(parse(f"{needed}--{flag} {word}"), name) is False
+    for word in ("None", "off", "2", "''"):
         with pytest.raises(UserError, match="neither true nor false"):
-            parse(f"--{flag} {words}")
+            parse(f"--{flag} {word}")
 
 
 def test_presets_and_what_overrides_them():
-    assert parse("--policy avl") == AVLSettings(
-        policy="avl", vision=True, vision_rate=0.5, vision_compute_rate=0.7, vision_interval=3
-    )
+    avl = AVLSettings(policy="avl", vision=True, vision_rate=0.5, vision_compute_rate=0.7, vision_interval=3)
+    assert parse("--policy avl") == avl
     assert parse("--policy fastv") == AVLSettings(policy="fastv", filter=True, filter_layer=2, filter_rate=0.5)
     assert parse("--policy h2o") == AVLSettings(policy="h2o", all_h2o=True)
     assert parse("--policy avl --vision_adaptive_attention_rate 0.75") == preset("avl", vision_rate=0.75)
     assert parse("--vision-adaptive-attention-rate=0.75 --policy avl") == preset("avl", vision_rate=0.75)
-    assert parse("--policy avl --vision_adaptive_attention false --text_pruning_flag").build(4) == Policy(
-        "avl", budget=TextH2O(0.5, 20, 0.7)
-    )
+    text_alone = parse("--policy avl --vision_adaptive_attention false --text_pruning_flag")
+    assert text_alone.build(4) == Policy("avl", budget=TextH2O(0.5, 20, 0.7))
     assert parse("--policy random", seed=5).seed == 5
 
 
@@ -97,9 +100,12 @@ def test_settings_become_the_parts_of_a_policy():
     assert text.build(4).budget == TextH2O(0.3, 4, 0.2)
     assert replace(text, text_h2o=False).build(4).budget == TextHistory(0.3, 4)
     assert replace(text, text_h2o=False, text_direct=True).build(4).budget == TextDirect(0.3, 4)
-    everything = preset("avl", text=True, filter=True, filter_layer=4, score_window=16).build(4)
-    assert everything == Policy(
-        "avl", AdaptiveVision(0.5, 0.7, 3), TextH2O(0.5, 20, 0.7), filters=(AdaptiveFilter(4, 0.5, 4),), window=16
+    assert preset("avl", text=True, filter=True, filter_layer=4, score_window=16).build(4) == Policy(
+        "avl",
+        vision=AdaptiveVision(0.5, 0.7, 3),
+        budget=TextH2O(0.5, 20, 0.7),
+        filters=(AdaptiveFilter(4, 0.5, 4),),
+        window=16,
     )
 
 
@@ -110,15 +116,19 @@ def test_a_share_sets_the_rate_of_every_policy(name):
     assert 0.125 in (getattr(part, "kv_budget", None), getattr(part, "share", None))
 
 
+_EXCLUDES = "--all_use_h2o decides over text and image alike and excludes"
+_NOT_OF_STREAMING = "is not a setting of --policy streaming (expected --kv_budget)"
 REFUSED = {
     "--policy turbo": "--policy 'turbo' is unknown (expected full, avl, h2o, fastv, streaming, random",
-    "--all_use_h2o --vision_adaptive_attention": "--all_use_h2o decides over text and image alike and excludes --vision_adaptive_attention",
-    "--all_use_h2o --text_pruning_flag": "--all_use_h2o decides over text and image alike and excludes --text_pruning_flag",
-    "--all_use_h2o --prefill_filter_flag": "--all_use_h2o decides over text and image alike and excludes --prefill_filter_flag",
-    "--policy h2o --prefill_filter_flag": "--all_use_h2o decides over text and image alike and excludes --prefill_filter_flag",
-    "--policy streaming --text_pruning_flag": "--text_pruning_flag is not a setting of --policy streaming (expected --kv_budget)",
-    "--policy streaming --all_use_h2o": "--all_use_h2o is not a setting of --policy streaming (expected --kv_budget)",
-    "--policy random --vision_adaptive_attention false": "--policy random without --vision_adaptive_attention has nothing to choose",
+    "--all_use_h2o --vision_adaptive_attention": f"{_EXCLUDES} --vision_adaptive_attention",
+    "--all_use_h2o --text_pruning_flag": f"{_EXCLUDES} --text_pruning_flag",
+    "--all_use_h2o --prefill_filter_flag": f"{_EXCLUDES} --prefill_filter_flag",
+    "--policy h2o --prefill_filter_flag": f"{_EXCLUDES} --prefill_filter_flag",
+    "--policy streaming --text_pruning_flag": f"--text_pruning_flag {_NOT_OF_STREAMING}",
+    "--policy streaming --all_use_h2o": f"--all_use_h2o {_NOT_OF_STREAMING}",
+    "--policy random --vision_adaptive_attention false": (
+        "--policy random without --vision_adaptive_attention has nothing to choose"
+    ),
     "--text_pruning_flag --compare_text_direct_pruning": "--compare_text_direct_pruning needs --text_use_h2o false",
     "--prefill_filter_layer 0": "--prefill_filter_layer is 0 (expected at least 1)",
     "--text_init_cache -1": "--text_init_cache is -1 (expected at least 0)",
@@ -133,13 +143,15 @@ REFUSED = {
     "--text_pruning_rate half": "argument --text_pruning_rate/--text-pruning-rate: invalid float value: 'half'",
     **{
         f"--{flag} {rate}": f"--{flag} is {rate} (expected a share from 0 to 1)"
-        for flag, default in ORIGINAL.items() if type(default) is float for rate in ("-0.1", "1.5", "nan", "inf")
+        for flag, default in ORIGINAL.items()
+        if isinstance(default, float)
+        for rate in ("-0.1", "1.5", "nan", "inf")
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_one_clear_line_says_what_is_refused(line):
+def test_what_is_refused_is_said_in_one_line(line):
     with pytest.raises(UserError) as error:
         parse(line)
     assert REFUSED[line] in str(error.value) and "\n" not in str(error.value)
@@ -154,16 +166,8 @@ def test_the_filter_lies_inside_the_model():
 
 def test_extreme_rates_are_legal():
     for rate in (0.0, 1.0):
-        AVLSettings(
-            vision=True,
-            vision_rate=rate,
-            vision_compute_rate=rate,
-            filter=True,
-            filter_rate=rate,
-            text=True,
-            text_rate=rate,
-            text_hh_rate=rate,
-        )
+        names = ("vision_rate", "vision_compute_rate", "filter_rate", "text_rate", "text_hh_rate")
+        AVLSettings(vision=True, filter=True, text=True, **dict.fromkeys(names, rate))
 
 
 def test_notes_on_what_is_legal_but_may_surprise():
@@ -175,16 +179,14 @@ def test_notes_on_what_is_legal_but_may_surprise():
     ]
     all_core = "compute rate 0.5 <= rate 0.5: the core is everything kept"
     assert parse("--policy avl --vision_adaptive_attention_compute_rate 0.5").notes() == [all_core]
-    assert (
-        parse("--vision_adaptive_attention --vision_adaptive_attention_compute_rate 0.5").notes() == []
-    )  # no interval, no core
+    without_interval = parse("--vision_adaptive_attention --vision_adaptive_attention_compute_rate 0.5")
+    assert without_interval.notes() == []  # there is no core
     assert parse("--policy avl --vision_adaptive_attention no").notes() == ["policy 'avl' saves no bytes"]
     assert all(not preset(name).notes() for name in PRESETS if name != "full")
     text_alone = "--kv_budget has no effect on a prompt without images: it is kept by evicting image entries"
     assert parse("--policy avl --kv_budget 0.5").notes(images=False) == [text_alone]
-    assert not parse("--policy avl --kv_budget 0.5").notes() and not parse("--policy h2o --kv_budget 0.5").notes(
-        images=False
-    )
+    assert not parse("--policy avl --kv_budget 0.5").notes()
+    assert not parse("--policy h2o --kv_budget 0.5").notes(images=False)
 
 
 def test_settings_read_back_from_what_is_stored():

@@ -1,28 +1,31 @@
-"""A-VL stated once more, slowly and plainly, as the oracle the real cache is tested against.
+"""A-VL stated a second time, slowly and plainly, as the oracle that the real cache is tested against.
 
-One sequence, explicit softmax matrices, and one Python list of live positions per layer and key/value
-head.  Row p of a layer's key and value tables is original position p; an evicted entry leaves the list
-and its rows become NaN, so whatever still read it would show.  Paper: A-VL, AAAI-25, arXiv 2409.14846.
+It handles one sequence, with explicit softmax matrices and one Python list of live positions for each layer and
+key/value head. Index p of a layer's key and value tables belongs to original position p. An evicted entry leaves the
+list, and its key and value become NaN, so that anything that still read them would show. Paper: A-VL, AAAI-25, arXiv
+2409.14846.
 
     ref = Reference(model, Settings(vision=True, vision_interval=3, text="h2o"))
-    ref.prefill(embeds, is_vision)        # [L, C], [L] -> logits [V]
+    ref.prefill(embeds, is_vision)        # [S, C], [S] -> logits [V]
     tokens = ref.generate(20)             # greedy; or ref.step(token), one by one
-    ref.turn(ref.embed([tokens[-1], ...]), is_vision)    # a later turn starts with the token never fed
+    ref.turn(ref.embed([tokens[-1], ...]), is_vision)    # a later turn starts with the token that was never fed
 
-What was decided, and how narrowly, lies in `fate`, `vision_kept()`, `cores` and `margins` afterwards.
+Afterwards `fate`, `vision_kept()`, `cores` and `margins` tell what was decided, and how narrowly. `p` is a position
+everywhere; a "column" is an entry that queries attend to.
 
-Where the method's description leaves room, this is read as follows:
+Where the description of the method leaves room, it is read as follows:
 
-- Images of one turn are selected together: N counts all vision tokens that are new in the turn.
-- The core of a later turn has the sum over the turns of min(Nc, Nk, what the layer kept) entries.
-- The score window is the last min(W, X) rows still in the layer, X the turn's own text tokens, whatever they are.
-- Only the first turn has system tokens; of a later turn everything that is not vision is text, even if
-  no image came before.
-- A later turn is a prefill also to `history` (the quantile leaves the token itself out) and to `direct`
-  (only the last row counts).  Whole-cache H2O goes on counting seq over all positions so far.
-- The last `recent` text columns are those of the highest positions, on whichever side of an image.
-- A turn may not end in a vision token: the filter could drop the row whose logits are wanted.
-- Streaming keeps the min(4, B) first and the B - min(4, B) last of a head's columns, B = streaming(seq).
+- The images of one turn are selected together: N counts all vision tokens that are new in the turn.
+- The core of a later turn has as many entries as the sum over all turns of min(Nc, Nk, what the layer kept).
+- The score window is the last min(W, X) queries still in the layer, whatever tokens they are; X is the number of the
+  turn's own text tokens.
+- Only the first turn has system tokens. In a later turn everything that is not vision is text, even if no image came
+  before.
+- A later turn is a prefill for `history` too (the quantile leaves the token itself out), and for `direct` (only the
+  last query counts). Whole-cache H2O goes on counting all positions so far.
+- The `recent` text columns are those of the highest positions, whether they come before or after an image.
+- A turn may not end in a vision token: the filter could drop the query whose logits are wanted.
+- Streaming keeps the first min(4, B) and the last B - min(4, B) of a head's columns, where B = streaming(tokens seen).
 """
 
 from __future__ import annotations
@@ -39,14 +42,13 @@ from torch.nn import functional as F
 from minivlm.model.llava import Llava
 
 SYSTEM, VISION, TEXT = "system", "vision", "text"
-SINKS = 4
-# Scores below this are zero to a float32 softmax: between two of them every choice is a tie.
-TINY = 1e-25
+SINKS = 4  # first tokens that streaming always keeps
+TINY = 1e-25  # a float32 softmax cannot tell scores below this from zero: between two of them every choice is a tie
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Names and defaults of the method's description; every rate is the share removed."""
+    """The numbers of the method, with the names and defaults of its description; a rate is the share removed."""
 
     vision: bool = False
     vision_rate: float = 0.5
@@ -57,11 +59,11 @@ class Settings:
     text_rate: float = 0.5
     text_init_cache: int = 20
     text_hh_rate: float = 0.7
-    prefill_filter: bool = False  # alone, at filter_layer 2, it is FastV
+    prefill_filter: bool = False  # on its own, at filter_layer 2, this is FastV
     filter_layer: int = 3
     filter_rate: float = 0.5
     all_h2o: bool = False
-    all_h2o_keep: float = 0.5  # the share of the columns that stay; 0.5 in the original
+    all_h2o_keep: float = 0.5  # share of the columns that stay; 0.5 in the authors' code
     streaming: Callable[[int], int] | None = None  # tokens seen so far -> columns that stay
 
     def __post_init__(self) -> None:
@@ -76,13 +78,12 @@ class Layer:
     """What one decoder layer remembers."""
 
     def __init__(self, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.keys = torch.full((kv_heads, capacity, head_dim), math.nan, dtype=dtype)  # row p: position p
+        self.keys = torch.full((kv_heads, capacity, head_dim), math.nan, dtype=dtype)  # by position
         self.values = self.keys.clone()
         self.live: list[list[int]] = [[] for _ in range(kv_heads)]  # positions, ascending
         self.score: list[dict[int, float]] = [{} for _ in range(kv_heads)]  # of text (or all) columns
-        self.scale: list[dict[int, float]] = [
-            {} for _ in range(kv_heads)
-        ]  # sum of the terms a score is made of, unsigned
+        # The same sums with every term taken as positive: the size against which a margin is measured.
+        self.scale: list[dict[int, float]] = [{} for _ in range(kv_heads)]
         self.core: list[int] = []  # best first
         self.core_size = 0
         # By position: -2 never here, -1 here, else the call that evicted it.
@@ -101,19 +102,20 @@ class Layer:
 class Attention:
     """One layer's attention in one call, after softmax."""
 
-    rows: list[int]  # the queries' positions
-    columns: list[list[int]]  # per key/value head, the keys' positions
-    weights: list[Tensor]  # per key/value head [G, rows, columns], G the query heads of the group
+    queries: list[int]  # positions of the queries
+    columns: list[list[int]]  # for each key/value head, positions of the keys
+    weights: list[Tensor]  # for each key/value head [G, queries, columns], with the G query heads of its group
 
     def grouped(self, head: int) -> list[list[float]]:
-        """[rows][columns], summed over the query heads of a group."""
+        """[queries][columns], summed over the query heads of a group."""
         return self.weights[head].double().sum(0).tolist()
 
     def mean(self, positions: Sequence[int], last: int = 1) -> dict[int, float]:
-        """The mean weight of `positions` over all query heads and the `last` rows."""
+        """The mean weight of `positions` over all query heads and the `last` queries."""
         total = dict.fromkeys(positions, 0.0)
-        for columns, weights in zip(self.columns, self.weights):
-            for p, weight in zip(columns, weights[:, -last:].double().mean(1).sum(0).tolist()):
+        for columns, weights in zip(self.columns, self.weights, strict=True):
+            means = weights[:, -last:].double().mean(1).sum(0).tolist()
+            for p, weight in zip(columns, means, strict=True):
                 if p in total:
                     total[p] += weight
         heads = sum(len(weights) for weights in self.weights)
@@ -121,18 +123,18 @@ class Attention:
 
 
 def best(score: dict[int, float], count: int, scale: dict[int, float] | None = None) -> tuple[list[int], float]:
-    """The `count` best positions, best first, and the relative margin to the first loser (inf: no decision)."""
+    """The `count` best positions, best first, and their relative margin over the first loser (inf: no decision)."""
     order = sorted(score, key=lambda p: (-score[p], p))
     winners, losers = order[:count], order[count:]
     if not winners or not losers:
         return winners, math.inf
-    pair = winners[-1], losers[0]
-    size = max(max(abs(score[p]), scale[p] if scale else 0.0) for p in pair)
-    return winners, (score[pair[0]] - score[pair[1]]) / max(size, TINY)
+    last_winner, first_loser = winners[-1], losers[0]
+    size = max(max(abs(score[p]), scale[p] if scale else 0.0) for p in (last_winner, first_loser))
+    return winners, (score[last_winner] - score[first_loser]) / max(size, TINY)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """With linear interpolation, as numpy's and torch's default."""
+    """The q-quantile with linear interpolation, the default of numpy and torch."""
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
     low = min(int(place), len(ordered) - 1)
@@ -141,22 +143,26 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 class Reference:
-    """The method on one sequence, with the weights of `model` in `dtype`."""
+    """The method on one sequence, computed in `dtype` with the weights of `model`."""
 
     def __init__(self, model: Llava, settings: Settings, dtype: torch.dtype = torch.float64) -> None:
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(False)
-        self.settings, self.dtype, self.config = settings, dtype, model.config.text
-        c = self.config
-        self.group = c.num_attention_heads // c.num_key_value_heads
+        self.settings = settings
+        self.dtype = dtype
+        self.config = config = model.config.text
+        self.group = config.num_attention_heads // config.num_key_value_heads
         self.layers = [
-            Layer(c.num_key_value_heads, c.context_length, c.head_dim, dtype) for _ in range(c.num_hidden_layers)
+            Layer(config.num_key_value_heads, config.context_length, config.head_dim, dtype)
+            for _ in range(config.num_hidden_layers)
         ]
-        self.kind: list[str] = []  # by position
-        self.call = -1  # forward passes so far, less one: step 0 is the first prefill
-        self.turn_step = 0  # t, counted from this turn's prefill
+        self.token_kinds: list[str] = []  # SYSTEM, VISION or TEXT, by position
+        self.call = -1  # number of the current forward pass; 0 is the first prefill
+        self.turn_step = 0  # decode steps since this turn's prefill
         self.logits: list[Tensor] = []  # by call
-        self.cores: list[tuple[int, list[list[int]]]] = []  # (call, [layer][positions, best first]), whenever chosen
-        self.margins: list[dict[str, list[float]]] = []  # by call: vision, core, filter, text per layer, and logit
+        # Of each choice of the core: (call, [layer][positions, best first]).
+        self.cores: list[tuple[int, list[list[int]]]] = []
+        # By call: for each layer "vision", "core", "filter" and "text"; and one "logit".
+        self.margins: list[dict[str, list[float]]] = []
 
     # -- what a caller does ---------------------------------------------------------------------
 
@@ -164,63 +170,66 @@ class Reference:
         return self.model.language_model.embed_tokens(torch.tensor(token_ids, dtype=torch.long))  # [S, C]
 
     def prefill(self, embeds: Tensor, is_vision: Sequence[bool]) -> Tensor:
-        """The first turn: embeddings [L, C] -> logits [V] of the last row."""
-        assert not self.kind, "prefill comes first, and once"
+        """The first turn: embeddings [S, C] -> logits [V] after its last token."""
+        assert not self.token_kinds, "there is only one prefill, and it comes first"
         return self.turn(embeds, is_vision)
 
     @torch.no_grad()
     def turn(self, embeds: Tensor, is_vision: Sequence[bool]) -> Tensor:
-        """One turn's new embeddings [L, C], the last token of the answer before among them -> logits [V]."""
+        """One turn: its new embeddings [S, C] -> logits [V].
+
+        In a later turn they begin with the last token of the previous answer.
+        """
         flags = [bool(v) for v in is_vision]
         if flags[-1]:
             raise ValueError("a turn may not end in a vision token")
-        first_turn = not self.kind
-        system = (flags.index(True) if True in flags else 1) if first_turn else 0
-        kinds = [VISION if v else SYSTEM if i < system else TEXT for i, v in enumerate(flags)]
-        rows = self._begin(kinds)
+        kinds = self._classify(flags)
+        queries = self._begin(kinds)
         self.turn_step = 0
-        s, n = self.settings, flags.count(True)
-        window = max(1, min(s.score_window, kinds.count(TEXT)))
-        keep, core, survive = (int((1 - rate) * n) for rate in (s.vision_rate, s.vision_compute_rate, s.filter_rate))
+        settings, n = self.settings, flags.count(True)
+        window = max(1, min(settings.score_window, kinds.count(TEXT)))
+        keep = int((1 - settings.vision_rate) * n)
+        core = int((1 - settings.vision_compute_rate) * n)
+        survive = int((1 - settings.filter_rate) * n)
 
         hidden = embeds.to(self.dtype)
-        for i, layer in enumerate(self.layers):
-            hidden, attention = self._run(i, hidden, rows, [list(live) for live in layer.live])
-            self._prune_columns(i, attention)
-            new = [p for p in rows if self.kind[p] == VISION]
-            if s.vision:
-                kept, self.margins[-1]["vision"][i] = best(attention.mean(new, window), keep)
+        for layer_idx, layer in enumerate(self.layers):
+            hidden, attention = self._run(layer_idx, hidden, queries, [list(live) for live in layer.live])
+            self._prune_columns(layer_idx, attention)
+            new = [p for p in queries if self.token_kinds[p] == VISION]
+            if settings.vision:
+                kept, self.margins[-1]["vision"][layer_idx] = best(attention.mean(new, window), keep)
                 self._evict_everywhere(layer, [p for p in new if p not in kept])
                 layer.core_size += min(core, len(kept))
-                self._choose_core(i, attention, window)
-            if s.prefill_filter and i == s.filter_layer - 1:
-                winners, self.margins[-1]["filter"][i] = best(attention.mean(new, window), survive)
-                stay = [r for r, p in enumerate(rows) if self.kind[p] != VISION or p in winners]
-                hidden, rows = hidden[stay], [rows[r] for r in stay]
-        return self._finish(hidden, chose_core=s.vision and VISION in self.kind)
+                self._choose_core(layer_idx, attention, window)
+            if settings.prefill_filter and layer_idx == settings.filter_layer - 1:
+                winners, self.margins[-1]["filter"][layer_idx] = best(attention.mean(new, window), survive)
+                staying = [i for i, p in enumerate(queries) if self.token_kinds[p] != VISION or p in winners]
+                hidden, queries = hidden[staying], [queries[i] for i in staying]
+        return self._finish(hidden, chose_core=settings.vision and VISION in self.token_kinds)
 
     @torch.no_grad()
     def step(self, token: int) -> Tensor:
         """Feed one token -> logits [V]."""
-        rows = self._begin([TEXT])
+        queries = self._begin([TEXT])
         self.turn_step += 1
         interval = self.settings.vision_interval
-        has_core = self.settings.vision and interval > 0 and VISION in self.kind
+        has_core = self.settings.vision and interval > 0 and VISION in self.token_kinds
         refresh = has_core and self.turn_step % interval == 0
 
         hidden = self.embed([token])
-        for i, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(self.layers):
             columns = [list(live) for live in layer.live]
             if has_core and not refresh:
-                columns = [[p for p in live if self.kind[p] != VISION or p in layer.core] for live in columns]
-            hidden, attention = self._run(i, hidden, rows, columns)
-            self._prune_columns(i, attention)
+                columns = [[p for p in live if self.token_kinds[p] != VISION or p in layer.core] for live in columns]
+            hidden, attention = self._run(layer_idx, hidden, queries, columns)
+            self._prune_columns(layer_idx, attention)
             if refresh:
-                self._choose_core(i, attention, 1)
+                self._choose_core(layer_idx, attention, window=1)
         return self._finish(hidden, chose_core=refresh)
 
     def generate(self, count: int) -> list[int]:
-        """`count` greedy tokens from the last logits on; the last one is not fed."""
+        """The next `count` greedy tokens; the last of them is not fed."""
         tokens = [int(self.logits[-1].argmax())]
         while len(tokens) < count:
             tokens.append(int(self.step(tokens[-1]).argmax()))
@@ -230,23 +239,26 @@ class Reference:
 
     @property
     def fate(self) -> list[list[list[int]]]:
-        """[layer][kv_head][position]: the call that evicted the entry; -1 still cached, -2 never entered the layer."""
+        """[layer][kv_head][position]: the call that evicted the entry; -1: still held, -2: never in the layer."""
         return [layer.fate for layer in self.layers]
 
     def vision_ordinal(self, position: int) -> int:
         """The index of a vision token among all vision tokens of the sequence."""
-        return self.kind[:position].count(VISION)
+        return self.token_kinds[:position].count(VISION)
 
     def vision_kept(self) -> list[list[int]]:
-        """[layer][positions] of the vision entries now cached (by head 0; all heads agree unless a whole-cache policy is on)."""
-        return [[p for p in layer.live[0] if self.kind[p] == VISION] for layer in self.layers]
+        """[layer]: positions of the vision entries that head 0 holds now.
+
+        All heads of a layer agree, unless a budget is over the whole cache.
+        """
+        return [[p for p in layer.live[0] if self.token_kinds[p] == VISION] for layer in self.layers]
 
     def live_counts(self) -> list[dict[str, int]]:
         """[layer]: entries of each kind in one head; raises if the heads of a layer disagree."""
         counts = []
         for layer in self.layers:
             per_head = [
-                {kind: sum(self.kind[p] == kind for p in live) for kind in (SYSTEM, VISION, TEXT)}
+                {kind: sum(self.token_kinds[p] == kind for p in live) for kind in (SYSTEM, VISION, TEXT)}
                 for live in layer.live
             ]
             assert all(count == per_head[0] for count in per_head), per_head
@@ -254,29 +266,37 @@ class Reference:
         return counts
 
     def first_tie(self, margin: float, logit: float = 0.0) -> int:
-        """The first call that took a decision by less than `margin`, or whose two best logits differ by less than `logit`.
+        """The first call that took a decision by less than `margin`, or the number of calls so far if there is none.
 
-        The number of calls so far if there is none.  What such a call *read* is still comparable, its
-        logits are; what it evicted, and everything after, is not.
+        A call whose two best logits differ by less than `logit` counts as well. What such a call read can still be
+        compared, and so can its logits; what it evicted, and everything after it, cannot.
         """
-        for call, kinds in enumerate(self.margins):
-            if any(min(values) < (logit if kind == "logit" else margin) for kind, values in kinds.items()):
+        for call, margins in enumerate(self.margins):
+            if any(min(values) < (logit if name == "logit" else margin) for name, values in margins.items()):
                 return call
         return len(self.margins)
 
     # -- the rules ------------------------------------------------------------------------------
 
+    def _classify(self, flags: list[bool]) -> list[str]:
+        """Which of a turn's new tokens are SYSTEM, VISION and TEXT, given which are vision tokens."""
+        system = 0
+        if not self.token_kinds:  # this is the first turn
+            system = flags.index(True) if True in flags else 1
+        others = [SYSTEM if i < system else TEXT for i in range(len(flags))]
+        return [VISION if flag else other for flag, other in zip(flags, others, strict=True)]
+
     def _begin(self, kinds: list[str]) -> list[int]:
-        """Count the call, enter the new tokens' kinds, and return their positions."""
-        rows = list(range(len(self.kind), len(self.kind) + len(kinds)))
-        assert rows[-1] < self.config.context_length, "the sequence is longer than the model's context"
-        self.kind += kinds
+        """Count the call, take in the kinds of its new tokens, and return their positions."""
+        positions = list(range(len(self.token_kinds), len(self.token_kinds) + len(kinds)))
+        assert positions[-1] < self.config.context_length, "the sequence is longer than the model's context"
+        self.token_kinds += kinds
         self.call += 1
-        self.margins.append({kind: [math.inf] * len(self.layers) for kind in ("vision", "core", "filter", "text")})
+        self.margins.append({name: [math.inf] * len(self.layers) for name in ("vision", "core", "filter", "text")})
         for layer in self.layers:
             for fate in layer.fate:
                 fate += [-2] * len(kinds)
-        return rows
+        return positions
 
     def _finish(self, hidden: Tensor, chose_core: bool) -> Tensor:
         logits = F.linear(self._norm(self.model.language_model.norm, hidden[-1]), self.model.lm_head.weight)
@@ -291,38 +311,40 @@ class Reference:
         for head in range(len(layer.live)):
             layer.evict(head, positions, self.call)
 
-    def _choose_core(self, i: int, attention: Attention, window: int) -> None:
-        layer = self.layers[i]
-        kept = [p for p in layer.live[0] if self.kind[p] == VISION]
-        layer.core, self.margins[-1]["core"][i] = best(attention.mean(kept, window), layer.core_size)
+    def _choose_core(self, layer_idx: int, attention: Attention, window: int) -> None:
+        layer = self.layers[layer_idx]
+        kept = [p for p in layer.live[0] if self.token_kinds[p] == VISION]
+        layer.core, self.margins[-1]["core"][layer_idx] = best(attention.mean(kept, window), layer.core_size)
 
-    def _prune_columns(self, i: int, attention: Attention) -> None:
-        """Whole-cache H2O, streaming or text pruning: score, then evict, each head for itself."""
-        s, layer, seq = self.settings, self.layers[i], len(self.kind)
-        n_text = self.kind.count(TEXT)
-        budget = max(round((1 - s.text_rate) * n_text), s.text_init_cache)
+    def _prune_columns(self, layer_idx: int, attention: Attention) -> None:
+        """Whole-cache H2O, streaming or a text budget: score, then evict, in each head by itself."""
+        settings, layer, seen = self.settings, self.layers[layer_idx], len(self.token_kinds)
+        text_seen = self.token_kinds.count(TEXT)
+        budget = max(round((1 - settings.text_rate) * text_seen), settings.text_init_cache)
         narrowest = math.inf
         for head, live in enumerate(layer.live):
-            if s.streaming:
-                room = s.streaming(seq)
+            if settings.streaming:
+                room = settings.streaming(seen)
                 sinks = min(SINKS, room)
                 middle = live[sinks : len(live) - (room - sinks)] if len(live) > room else []
                 layer.evict(head, middle, self.call)
                 continue
-            if s.all_h2o:
+            if settings.all_h2o:
                 columns = list(live)
-                self._add_rows(layer, head, attention, (SYSTEM, VISION, TEXT))
-                heavy, recent = int(seq * s.all_h2o_keep * 0.25), int(seq * s.all_h2o_keep * 0.75)
-            elif s.text:
-                columns = [p for p in live if self.kind[p] == TEXT]
-                if s.text == "h2o":
-                    self._add_rows(layer, head, attention, (TEXT,))
-                    heavy = int(budget * s.text_hh_rate)
-                elif s.text == "history":
-                    self._add_history(layer, head, attention)
+                self._accumulate(layer, head, attention, (SYSTEM, VISION, TEXT))
+                heavy = int(seen * settings.all_h2o_keep * 0.25)
+                recent = int(seen * settings.all_h2o_keep * 0.75)
+            elif settings.text:
+                columns = [p for p in live if self.token_kinds[p] == TEXT]
+                if settings.text == "h2o":
+                    self._accumulate(layer, head, attention, (TEXT,))
+                    heavy = int(budget * settings.text_hh_rate)
+                elif settings.text == "history":
+                    self._accumulate_history(layer, head, attention)
                     heavy = budget - budget // 2
                 else:
-                    layer.score[head] = dict(zip(attention.columns[head], attention.grouped(head)[-1]))
+                    last_query = attention.grouped(head)[-1]
+                    layer.score[head] = dict(zip(attention.columns[head], last_query, strict=True))
                     heavy = budget
                 recent = budget - heavy
             else:
@@ -333,61 +355,73 @@ class Reference:
                 winners, margin = best(score, heavy, scale)
                 layer.evict(head, [p for p in others if p not in winners], self.call)
                 narrowest = min(narrowest, margin)
-        self.margins[-1]["text"][i] = narrowest
+        self.margins[-1]["text"][layer_idx] = narrowest
 
-    def _add_rows(self, layer: Layer, head: int, attention: Attention, kinds: Sequence[str]) -> None:
-        """H2O: a column's score is the sum of all rows of the given kinds that ever saw it."""
+    def _accumulate(self, layer: Layer, head: int, attention: Attention, kinds: Sequence[str]) -> None:
+        """H2O: a column's score is the sum of the weights that all queries of the given kinds ever gave it."""
         grouped = attention.grouped(head)
-        rows = [grouped[r] for r, p in enumerate(attention.rows) if self.kind[p] in kinds]
-        for p, *weights in zip(attention.columns[head], *rows):
-            if self.kind[p] in kinds:
+        counting = [grouped[i] for i, p in enumerate(attention.queries) if self.token_kinds[p] in kinds]
+        for p, *weights in zip(attention.columns[head], *counting, strict=True):
+            if self.token_kinds[p] in kinds:
                 layer.score[head][p] = layer.score[head].get(p, 0.0) + math.fsum(weights)
 
-    def _add_history(self, layer: Layer, head: int, attention: Attention) -> None:
-        """A text column's score: its own first weight, then what later rows give it above their quantile."""
+    def _accumulate_history(self, layer: Layer, head: int, attention: Attention) -> None:
+        """A text column's score: the weight of its own query, then what later queries give it above their quantile."""
         score, scale = layer.score[head], layer.scale[head]
-        for own, weights in zip(attention.rows, attention.grouped(head)):
-            if self.kind[own] != TEXT:
+        for own, weights in zip(attention.queries, attention.grouped(head), strict=True):
+            if self.token_kinds[own] != TEXT:
                 continue
-            row = {p: w for p, w in zip(attention.columns[head], weights) if self.kind[p] == TEXT and p <= own}
-            score[own] = scale[own] = row.pop(own)
-            if row:
-                decode = self.turn_step > 0
-                level = quantile([*row.values(), score[own]] if decode else list(row.values()), self.settings.text_rate)
-                for p, weight in row.items():
+            by_column = zip(attention.columns[head], weights, strict=True)
+            earlier = {p: weight for p, weight in by_column if self.token_kinds[p] == TEXT and p <= own}
+            score[own] = scale[own] = earlier.pop(own)
+            if earlier:
+                values = list(earlier.values())
+                if self.turn_step > 0:  # a decode step
+                    values.append(score[own])
+                level = quantile(values, self.settings.text_rate)
+                for p, weight in earlier.items():
                     score[p] += weight - level
                     scale[p] += weight + level
 
     # -- the decoder ----------------------------------------------------------------------------
 
-    def _run(self, i: int, hidden: Tensor, rows: list[int], columns: list[list[int]]) -> tuple[Tensor, Attention]:
-        """One decoder layer on hidden [R, C]; `columns` are the earlier entries that take part, per key/value head."""
-        block, layer, c = self.model.language_model.layers[i], self.layers[i], self.config
+    def _run(
+        self, layer_idx: int, hidden: Tensor, queries: list[int], earlier: list[list[int]]
+    ) -> tuple[Tensor, Attention]:
+        """One decoder layer on hidden [S, C].
+
+        `earlier` are, for each key/value head, the positions of the old entries that take part.
+        """
+        block = self.model.language_model.layers[layer_idx]
+        layer = self.layers[layer_idx]
+        head_dim = self.config.head_dim
         x = self._norm(block.input_layernorm, hidden)
         q, k, v = (
-            F.linear(x, proj.weight).view(len(rows), -1, c.head_dim).transpose(0, 1)  # [H or H_kv, R, D]
+            F.linear(x, proj.weight).view(len(queries), -1, head_dim).transpose(0, 1)  # [H or H_kv, S, D]
             for proj in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         )
-        where = torch.tensor(rows)
-        q, k = self._rotate(q, where), self._rotate(k, where)
-        layer.keys[:, where], layer.values[:, where] = k, v
-        out, weights, columns = [], [], [earlier + rows for earlier in columns]
-        for head, read in enumerate(columns):
-            layer.live[head] += rows
-            for p in rows:
+        positions = torch.tensor(queries)
+        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        layer.keys[:, positions] = k
+        layer.values[:, positions] = v
+        columns = [old + queries for old in earlier]
+        out, weights = [], []
+        for head, column_positions in enumerate(columns):
+            layer.live[head] += queries
+            for p in queries:
                 layer.fate[head][p] = -1
-            index = torch.tensor(read)
+            index = torch.tensor(column_positions)
             keys, values = layer.keys[head, index], layer.values[head, index]  # [n, D]
-            scores = q[head * self.group : (head + 1) * self.group] @ keys.T / math.sqrt(c.head_dim)  # [G, R, n]
-            scores = scores.to(self._wide).masked_fill(index > where[:, None], -math.inf)
+            scores = q[head * self.group : (head + 1) * self.group] @ keys.T / math.sqrt(head_dim)  # [G, S, n]
+            scores = scores.to(self._wide).masked_fill(index > positions[:, None], -math.inf)
             weights.append(scores.softmax(-1))
-            out.append(weights[-1].to(self.dtype) @ values)  # [G, R, D]
-        merged = torch.cat(out).transpose(0, 1).reshape(len(rows), -1)  # [R, H * D]
+            out.append(weights[-1].to(self.dtype) @ values)  # [G, S, D]
+        merged = torch.cat(out).transpose(0, 1).reshape(len(queries), -1)  # [S, H * D]
         hidden = hidden + F.linear(merged, block.self_attn.o_proj.weight)
         x = self._norm(block.post_attention_layernorm, hidden)
         mlp = block.mlp
         x = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
-        return hidden + F.linear(x, mlp.down_proj.weight), Attention(rows, columns, weights)
+        return hidden + F.linear(x, mlp.down_proj.weight), Attention(queries, columns, weights)
 
     @property
     def _wide(self) -> torch.dtype:
@@ -398,10 +432,10 @@ class Reference:
         return norm.weight * (wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()).to(x.dtype)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of x [heads, R, D], dimension d paired with d + D/2."""
+        """Rotary embedding of x [heads, S, D]; dimension d is paired with d + D/2."""
         half = self.config.head_dim // 2
         frequency = self.config.rope_theta ** (-torch.arange(half, dtype=self._wide) / half)
-        angle = positions[:, None] * frequency  # [R, D/2]
+        angle = positions[:, None] * frequency  # [S, D/2]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         first, second = x[..., :half], x[..., half:]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,5 +1,8 @@
-"""Small policies that use what no shipped policy does: parts that differ by layer, scores from keys, filters at several
-layers and before the decoder, a budget that evicts once, in each head by itself."""
+"""Small policies that use those features of the contract that no shipped policy uses.
+
+They have parts that differ from layer to layer, scores from keys, filters at several layers and before the decoder, and
+a budget that evicts only once, in each head by itself.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from minivlm.cache import CacheSettings, Candidates, Entries, Policy, Prompt, To
 
 @dataclass(frozen=True)
 class Window(TokenBudget):
-    """Once, after prefill: the last tokens, and those that they attend to most, pooled over neighbours (as SnapKV)."""
+    """Evicts once, at prefill (as SnapKV): the last tokens stay, and the entries that they attend to most.
+
+    Attention is pooled over neighbouring entries first.
+    """
 
     capacity: int
     window: int
@@ -34,7 +40,7 @@ class Window(TokenBudget):
 
 @dataclass(frozen=True)
 class SmallKeys(TokenBudget):
-    """At every step: the entries whose keys have the smallest norm."""
+    """Keeps the entries whose keys have the smallest norm, at every step."""
 
     share: float
     over: ClassVar = "all"
@@ -48,7 +54,7 @@ class SmallKeys(TokenBudget):
 
 @dataclass(frozen=True)
 class SmallVisionKeys:
-    """Image entries whose keys have the smallest norm, the mean over heads; the core by attention."""
+    """Keeps the image entries whose keys have the smallest norm, averaged over heads; chooses the core by attention."""
 
     share: float
     interval: int = 3
@@ -65,7 +71,7 @@ class SmallVisionKeys:
 
 @dataclass(frozen=True)
 class ShareFilter:
-    """A share of the image tokens goes on, by attention."""
+    """Lets only a share of the image tokens go on: those with the most attention."""
 
     layer: int
     share: float
@@ -79,7 +85,10 @@ class ShareFilter:
 
 @dataclass(frozen=True)
 class Diverse:
-    """Image tokens that are far from each other (as DivPrune): greedily, the one farthest from those chosen so far."""
+    """Lets image tokens in that are far from one another (as DivPrune).
+
+    Each choice is the token whose nearest chosen token is the farthest away.
+    """
 
     share: float
 
@@ -90,7 +99,7 @@ class Diverse:
         unit = F.normalize(embeds.float(), dim=-1)
         distance = 1 - unit @ unit.T  # [N, N]
         scores = torch.full((len(embeds),), -torch.inf, device=embeds.device)
-        nearest = distance.sum(dim=1)  # the first one is the farthest from all
+        nearest = distance.sum(dim=1)  # the first choice is the token farthest from all others
         for rank in range(count):
             best = nearest.masked_fill(scores > -torch.inf, -torch.inf).argmax()
             scores[best] = -float(rank)
@@ -100,11 +109,11 @@ class Diverse:
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidWindowSettings(CacheSettings):
-    """Capacities that fall from layer to layer (as PyramidKV)."""
+    """A budget whose capacity falls from layer to layer (as PyramidKV)."""
 
     policy: str = "pyramid window"
-    capacity: int = setting(24, "entries a head holds of the prompt in the first layer")
-    window: int = setting(4, "last tokens whose attention scores the others")
+    capacity: int = setting(24, "entries of the prompt that a head holds in the first layer")
+    window: int = setting(4, "last tokens of the prompt, whose attention scores the others")
 
     def layer_capacity(self, layer_idx: int) -> int:
         return self.capacity - 6 * layer_idx
@@ -116,12 +125,12 @@ class PyramidWindowSettings(CacheSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DropSettings(CacheSettings):
-    """Fewer and fewer image tokens: before the decoder, at two layers, and of what is left in each layer a share."""
+    """Drops image tokens before the decoder and after two layers; each layer keeps only some of those that reach it."""
 
     policy: str = "drop"
 
     def vision_share(self, layer_idx: int) -> float:
-        return (0.7, 0.4, 0.25)[min(layer_idx, 2)]
+        return (0.72, 0.4, 0.25)[min(layer_idx, 2)]
 
     def build(self, num_layers: int) -> Policy:
         return Policy(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from avl_cases import random_case, run
-from cache_helpers import compare, play
+from avl_cases import random_case, run_reference
+from cache_helpers import compare, replay
 
 SEEDS = range(0, 300)
 
@@ -14,5 +14,5 @@ SEEDS = range(0, 300)
 def test_random_cases(block: int) -> None:
     for seed in SEEDS[block::10]:
         case = random_case(seed)
-        ref = run(case)
-        compare(play(case, ref.tokens), ref)
+        ref = run_reference(case)
+        compare(replay(case, ref.tokens), ref)
