@@ -1,51 +1,61 @@
-"""torch.compile of the decode step: one whole graph per kind of step and one for the choice of cores, reused from step to step and prompt to prompt."""
+"""torch.compile: one whole graph for each kind of decode step and one for the choice of cores, used again and again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 from avl_cases import tiny_model
+from cache_helpers import prefill_prompts
 from minivlm.cache.buffers import choose_cores
 from minivlm.cache.kv_cache import KVCache
 from minivlm.generation.compile import compiled_blocks, compiled_decode_step
-from minivlm.generation.steps import decode_step, forward_step, prefill_step
-from policies import DECODES, POLICIES, image_features, needs_compiler, prompt_ids
+from minivlm.generation.steps import DecodeStep, decode_step, forward_step
+from policies import DECODES, POLICIES, needs_compiler, prompt_ids
 
 MODEL = tiny_model(1, layers=2)
-# Two prompts of each batch; counts differ, but all fall into the same buckets of 32 slots.
-PROMPTS = [[(3, 90, 12), (2, 84, 9)], [(4, 86, 11), (1, 90, 14)], [(3, 88, 1, 2, 9), (2, 81, 12)]]
+# Batches of two prompts. Their counts differ, but all fall into the same buckets of 32 slots.
+BATCHES = [[(3, 90, 12), (2, 84, 9)], [(4, 86, 11), (1, 90, 14)], [(3, 88, 1, 2, 9), (2, 81, 12)]]
+STEPS = 7
 
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
 
+def new_cache(name: str, how: str = "plain") -> KVCache:
+    return KVCache(MODEL.config.text, POLICIES[name].build(2), (0, 1), **DECODES[how])
+
+
 @torch.no_grad()
-def answer(cache: KVCache, parts, step, steps: int = 7) -> tuple[torch.Tensor, set[str]]:
-    """Logits [steps + 1, B, V] of a new batch in `cache`, and the kinds of steps taken; its second sequence ends early."""
+def answer(cache: KVCache, parts: Sequence[tuple[int, ...]], step: DecodeStep) -> tuple[torch.Tensor, int]:
+    """Fill `cache` with a new batch whose second row ends at the fifth step.
+
+    Returns its logits [STEPS + 1, B, V] and the number of graphs that it needs: one for each kind of step, and one for
+    the choice of cores.
+    """
     cache.reset(range(len(parts)))
-    ids = [prompt_ids(MODEL, *counts, seed=i) for i, counts in enumerate(parts)]
-    logits = [prefill_step(MODEL, cache, ids, [f for row in ids for f in image_features(MODEL, row)], steps + 1)]
-    for i in range(steps):
+    prompts = [prompt_ids(MODEL, *counts, seed=row) for row, counts in enumerate(parts)]
+    logits = [prefill_prompts(MODEL, cache, prompts, STEPS + 1)]
+    for i in range(STEPS):
         token = torch.tensor([10 + i, 2 if i == 4 else 30 + i])
         logits.append(step(MODEL, cache, token, torch.tensor([2])).clone())
-    return torch.stack(logits), set(cache.step_kinds)
+    return torch.stack(logits), len(set(cache.step_kinds)) + ("refresh" in cache.step_kinds)
 
 
 def counted_step(counter: CompileCounter) -> Callable:
-    """A decode step in graphs that `counter` counts, split as the library splits it."""
-    forward, choose = (
-        torch.compile(part, fullgraph=True, dynamic=False, backend=counter) for part in (forward_step, choose_cores)
-    )
-    return partial(decode_step, forward=forward, choose=choose)
+    """A decode step in graphs that `counter` counts, divided as the library divides it."""
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=counter)
+    return partial(decode_step, forward=compiled(forward_step), choose=compiled(choose_cores))
 
 
 QUICK = ("full", "avl, h2o text, filter", "avl, history text, window", "streaming")
@@ -58,24 +68,22 @@ QUICK = ("full", "avl, h2o text, filter", "avl, history text, window", "streamin
 def test_one_graph_for_each_kind_of_step(name, how):
     counter = CompileCounter()
     compiled = counted_step(counter)
-    policy = POLICIES[name].build(2)
-    reused = KVCache(MODEL.config.text, policy, (0, 1), **DECODES[how])
-    for parts in PROMPTS:
-        fresh = KVCache(MODEL.config.text, policy, (0, 1), **DECODES[how])
-        plain, kinds = answer(KVCache(MODEL.config.text, policy, (0, 1)), parts, decode_step)
-        for cache in (reused, fresh):  # other buffers of the same bucket are no reason to compile again
+    reused = new_cache(name, how)
+    for parts in BATCHES:
+        expected, graphs = answer(new_cache(name), parts, decode_step)
+        for cache in (reused, new_cache(name, how)):  # other buffers of the same size are no reason to compile again
             logits, _ = answer(cache, parts, compiled)
-            torch.testing.assert_close(logits[:, 0], plain[:, 0], atol=1e-4, rtol=0)
-            torch.testing.assert_close(logits[:5, 1], plain[:5, 1], atol=1e-4, rtol=0)
-            assert counter.frame_count == len(kinds) + ("refresh" in kinds)
+            torch.testing.assert_close(logits[:, 0], expected[:, 0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(logits[:5, 1], expected[:5, 1], atol=1e-4, rtol=0)
+            assert counter.frame_count == graphs
     assert counter.op_count > 50
 
 
 def test_another_bucket_is_another_graph():
-    """The counts above can change: 32 slots more are compiled anew."""
+    """So the number of graphs in the test above can change."""
     counter = CompileCounter()
     compiled = counted_step(counter)
-    cache = KVCache(MODEL.config.text, POLICIES["full"].build(2), (0, 1), static=True)
+    cache = new_cache("full", "static")
     for parts, graphs in (((3, 90, 12), 1), ((3, 130, 12), 2), ((3, 88, 12), 2)):
         answer(cache, [parts, parts], compiled)
         assert counter.frame_count == graphs
@@ -89,15 +97,12 @@ def test_another_bucket_is_another_graph():
 def test_inductor_on_the_cpu(name, how):
     """The step as the library compiles it."""
     compiled = compiled_decode_step(torch.device("cpu"))
-    policy = POLICIES[name].build(2)
-    cache = KVCache(MODEL.config.text, policy, (0, 1), **DECODES[how])
-    torch._dynamo.utils.counters.clear()
-    for parts in PROMPTS[:2]:
-        plain, kinds = answer(KVCache(MODEL.config.text, policy, (0, 1)), parts, decode_step)
+    cache = new_cache(name, how)
+    for parts in BATCHES[:2]:
+        expected, graphs = answer(new_cache(name), parts, decode_step)
         logits, _ = answer(cache, parts, compiled)
-        torch.testing.assert_close(logits[:, 0], plain[:, 0], atol=1e-4, rtol=0)
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == len(kinds) + ("refresh" in kinds) and not counters["graph_break"]
+        torch.testing.assert_close(logits[:, 0], expected[:, 0], atol=1e-4, rtol=0)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
 @needs_compiler
@@ -107,16 +112,16 @@ def test_the_blocks_of_a_prefill_are_compiled_once_for_all_lengths():
     model = tiny_model(1, layers=3)
     compiled = compiled_blocks(model)
     assert all(a is b for a, b in zip(model.parameters(), compiled.parameters(), strict=True))
-    counters = torch._dynamo.utils.counters
-    counters.clear()
+    policy = POLICIES["avl, h2o text, filter"].build(3)
     for i, parts in enumerate([(3, 90, 12), (2, 40, 9), (5, 200, 30), (12,)]):
-        ids, policy = prompt_ids(model, *parts, seed=i), POLICIES["avl, h2o text, filter"].build(3)
-        ours, plain = (
-            prefill_step(m, KVCache(m.config.text, policy), [ids], image_features(m, ids), 4) for m in (compiled, model)
+        ids = prompt_ids(model, *parts, seed=i)
+        ours, expected = (
+            prefill_prompts(each, KVCache(each.config.text, policy), [ids], 4) for each in (compiled, model)
         )
-        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
         assert 2 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
-    tiles = [torch.randn(n, 3, model.config.vision.image_size, model.config.vision.image_size) for n in (1, 3, 5, 4)]
-    for pixels in tiles:
-        torch.testing.assert_close(compiled.vision_tower(pixels), model.vision_tower(pixels), atol=1e-4, rtol=0)
+    size = model.config.vision.image_size
+    for count in (1, 3, 5, 4):
+        tiles = torch.randn(count, 3, size, size)
+        torch.testing.assert_close(compiled.vision_tower(tiles), model.vision_tower(tiles), atol=1e-4, rtol=0)
     assert counters["stats"]["unique_graphs"] <= 8
