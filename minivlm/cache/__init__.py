@@ -37,7 +37,7 @@ policy.py         what a policy may decide: the contract
 counts.py         what the host knows of a sequence, as integers
 slots.py          where entries stand: slot arithmetic
 buffers.py        the tensors of one layer, and the choice of cores
-prefill_pass.py   a prefill: attend, score, choose, compact
+prefill_pass.py   a prefill: attend, score, choose, compact (one row in one layer: columns.py)
 decode_pass.py    a decode step: write, attend, evict
 kv_cache.py       the cache's life in turns and steps (its data: state.py)
 

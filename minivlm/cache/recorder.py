@@ -77,6 +77,6 @@ class Recorder:
         self.cores.append((cache.steps, cores))
 
     def ordinals(self, positions: list[Tensor]) -> Tensor:
-        """Positions [C] of image tokens in each layer -> their numbers among the image tokens, [L, C] padded with -1."""
+        """Positions [C] of image tokens per layer -> their numbers among the image tokens, [L, C] padded with -1."""
         indices = [torch.searchsorted(self.vision_positions, of_layer.long()) for of_layer in positions]
         return pad_sequence(indices, batch_first=True, padding_value=-1)
