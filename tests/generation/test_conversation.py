@@ -1,0 +1,144 @@
+"""Conversations that keep their cache: each turn is that of one long prompt, whatever is cut off, refused or broken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minivlm import VLM, Conversation, Sampling, Stream, UserError
+from minivlm.inputs.processor import ModelInputs
+from vlm_helpers import SETTINGS, endless_vlm, generated
+
+
+def finished(stream: Stream) -> Stream:
+    """The stream, read to its end."""
+    for _ in stream:
+        pass
+    return stream
+
+
+def turn_ids(vlm: VLM, messages: list[dict], message: dict, images: list[Path]) -> torch.Tensor:
+    """The token ids of a turn, which follow the answer to the turn before."""
+    if not messages:
+        return vlm.processor([vlm.processor.render([message])], [images]).input_ids[0]
+    text = vlm.processor.next_turn(messages, message)
+    return vlm.processor([text], [images], continues=True).input_ids[0]
+
+
+@pytest.mark.parametrize("family", ["llava-1.5", "next-mistral", "next-llama3"])
+def test_a_conversation_is_one_long_prompt(tmp_path, family, pages):
+    """With the full cache, each answer is that to a single prompt: all ids so far, earlier answers as generated."""
+    vlm, sampling = endless_vlm(tmp_path, family), Sampling(10)
+    conversation = vlm.chat(sampling=sampling)
+    messages: list[dict] = []
+    ids = torch.zeros(0, dtype=torch.int64)
+    images: list[Path] = []
+    for prompt, new_images in (("First?", pages[:1]), ("Second?", []), ("Now <image> too?", pages[1:])):
+        answer = finished(conversation.ask(prompt, new_images)).answer
+        message = vlm.processor.user_message(prompt, len(new_images))
+        new_ids = turn_ids(vlm, messages, message, new_images)
+        ids = torch.cat((ids, new_ids))
+        images = images + new_images
+        joint = vlm.processor([vlm.processor.question("x", len(images))], [images])  # for its pixels alone
+        inputs = ModelInputs(ids[None], torch.tensor([len(ids)]), joint.pixel_values, joint.image_sizes)
+        assert answer.token_ids == generated(vlm, inputs, sampling)
+        unfed = 1 if messages else 0  # the last token of the previous answer
+        assert answer.stats.prompt_tokens == len(new_ids) + unfed
+        assert answer.stats.vision_tokens == int((new_ids == vlm.config.image_token_index).sum())
+        ids = torch.cat((ids, torch.tensor(answer.token_ids)))
+        messages = [*messages, message, {"role": "assistant", "content": answer.text}]
+    assert conversation.messages == messages[:-1]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_refused_turn_leaves_no_trace(pages, name, tmp_path):
+    vlm = endless_vlm(tmp_path, max_position_embeddings=400)
+
+    def answers(before_each_turn: Callable[[Conversation], None]) -> list[list[int]]:
+        conversation = vlm.chat(sampling=Sampling(8), settings=SETTINGS[name])
+        tokens = []
+        for prompt, images in (("One?", pages[:1]), ("Two?", []), ("Three?", pages[1:])):
+            before_each_turn(conversation)
+            tokens.append(finished(conversation.ask(prompt, images)).answer.token_ids)
+        return tokens
+
+    def ask_what_is_refused(conversation: Conversation) -> None:
+        for prompt, images in (
+            ("<image>", []),
+            ("?", [tmp_path / "none"]),
+            ("long " * 390, []),
+            ("long " * 3000, []),
+            ("\udcff", []),
+        ):
+            with pytest.raises(UserError):
+                conversation.ask(prompt, images)
+
+    assert answers(ask_what_is_refused) == answers(lambda conversation: None)
+
+
+def test_a_full_context_says_so(tmp_path):
+    conversation = endless_vlm(tmp_path, max_position_embeddings=64).chat(sampling=Sampling(8))
+    finished(conversation.ask("Hi?"))
+    complaint = "the conversation is 29 tokens long and this turn takes 59, the model's context is 64"
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        conversation.ask("long " * 8)
+    finished(conversation.ask("Ok?"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("read", [0, 1, 4])
+def test_a_conversation_goes_on_after_an_answer_that_was_cut(vlm, pages, name, read):
+    """An answer of which only `read` tokens were read counts as one of that many."""
+    answers = []
+    for max_new_tokens in (8, max(read, 1)):
+        conversation = vlm.chat(sampling=Sampling(max_new_tokens), settings=SETTINGS[name])
+        tokens = iter(conversation.ask("One?", pages[:1]).generation)
+        for _ in range(read):
+            next(tokens)
+        conversation.sampling = Sampling(8)
+        answers.append(finished(conversation.ask("Two?")).answer)
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[0].stats.prompt_tokens == answers[1].stats.prompt_tokens
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+def test_a_conversation_survives_an_interruption_at_any_moment(vlm, pages, monkeypatch, name, where):
+    """After an exception within a layer the cache is half changed: the next turn computes everything from the text."""
+    settings = SETTINGS[name]
+    conversation = vlm.chat(sampling=Sampling(6), settings=settings)
+    finished(conversation.ask("One?", pages[:1]))
+    mlp = vlm.model.language_model.layers[1].mlp
+    tokens_read: list[int] = []
+
+    def interrupt(call: Callable[[], object]) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(mlp, "forward", raise_interrupt)
+            call()
+
+    if where == "prefill":
+        interrupt(lambda: conversation.ask("Two?", pages[1:]))
+    else:
+        tokens = iter(conversation.ask("Two?", pages[1:]).generation)
+        tokens_read = [next(tokens)[0], next(tokens)[0]]
+        interrupt(lambda: next(tokens))
+    last = finished(conversation.ask("Three?"))
+
+    fresh = vlm.chat(sampling=Sampling(6), settings=settings)
+    fresh.messages, fresh.images = conversation.messages[:-1], conversation.images
+    expected = finished(fresh.ask("Three?"))
+    assert last.answer.token_ids == expected.answer.token_ids
+    turns = 2 if where == "decode" else 1  # that are remembered, before the last one
+    roles = [message["role"] for message in conversation.messages]
+    assert roles == ["user", "assistant"] * turns + ["user"]
+    assert len(conversation.images) == turns
+    if where == "decode":
+        assert conversation.messages[3]["content"] == vlm.processor.decode(tokens_read)
