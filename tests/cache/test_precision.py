@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from avl_cases import tiny_model
 from cache_helpers import greedy, prefill_prompts
-from minivlm.cache import buffers, decode_pass, prefill_pass, ranking
 from minivlm.cache.accounting import live_positions
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.policies import preset
@@ -27,9 +28,11 @@ def ranked_dtypes(monkeypatch) -> set[torch.dtype]:
 
         return ranking_scores
 
-    for module in (decode_pass, prefill_pass, ranking):
-        monkeypatch.setattr(module, "order_key", watched(module.order_key))
-    monkeypatch.setattr(buffers, "best_of", watched(buffers.best_of))
+    cache_modules = [module for name, module in sys.modules.items() if name.startswith("minivlm.cache.")]
+    for function in ("order_key", "best_of"):
+        for module in cache_modules:
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, watched(getattr(module, function)))
     return dtypes
 
 
