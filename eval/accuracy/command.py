@@ -154,7 +154,7 @@ def prepare_run(args: argparse.Namespace) -> RunSpec:
             for group, members in GROUPS.items()
             if group in asked
         },
-        notes=[*args.notes, *data_notes, *([] if is_default else settings.notes())],
+        notes=[*args.notes, *data_notes, *policy_flags.without_effect(args), *([] if is_default else settings.notes())],
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from eval.accuracy.data import Dataset
 from eval.accuracy.run_folder import RunFolder
 from eval.accuracy.tasks import Task
+from minivlm.cache.policies import preset
 from minivlm.cache.settings import CacheSettings
 from minivlm.generation.answers import Answer, Request
 from minivlm.generation.sampling import Sampling
@@ -43,7 +44,7 @@ class RunSpec:
     """
 
     tasks: Sequence[tuple[Task, Dataset]]
-    settings: CacheSettings = CacheSettings()
+    settings: CacheSettings = preset("full")
     identity: dict[str, str] = field(default_factory=dict)
     batch_size: int = 1
     seed: int = 0

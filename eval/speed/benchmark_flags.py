@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval.speed.shapes import SHAPES
 from minivlm.app import policy_flags
-from minivlm.app.cli import Parser
+from minivlm.app.cli import Parser, note
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.files import expect_writable
@@ -161,4 +161,6 @@ def parse_candidate(text: str, cache_flags: Sequence[str], seed: int, compiled: 
     policy_flags.add_arguments(parser, words)
     _add_compile_flags(parser, default=compiled)
     args = parser.parse_args(words)
+    for line in policy_flags.without_effect(args):
+        note(line)
     return Candidate(label if colon else text, policy_flags.from_args(args, seed), args.compile)

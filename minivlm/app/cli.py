@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from minivlm.app.policy_flags import given, parse_bool, spellings
+from minivlm.app.policy_flags import given, parse_bool, spellings, without_effect
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 
@@ -97,5 +97,5 @@ def note_settings(settings: CacheSettings, args: argparse.Namespace, images: boo
     `images` says whether the prompt has images.
     """
     if "policy" in vars(args) or given(args):
-        for line in settings.notes(images):
+        for line in (*without_effect(args), *settings.notes(images)):
             note(line)

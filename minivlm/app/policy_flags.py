@@ -10,7 +10,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,35 +62,52 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] = ()
         value_type = setting.metadata["type"]
         default = "" if setting.default is None else f" ({str(setting.default).lower()})"
         options: dict[str, Any] = {"nargs": "?", "const": True} if value_type is bool else {}
-        group.add_argument(
-            *spellings(flag),
-            dest=_DEST + flag,
-            type=parse_bool if value_type is bool else value_type,
-            default=argparse.SUPPRESS,  # absent from the namespace unless given, so that a preset's value holds
-            help=setting.metadata["help"] + default,
-            metavar=_PLACEHOLDERS[value_type],
-            **options,
-        )
+        try:
+            group.add_argument(
+                *spellings(flag),
+                dest=_DEST + flag,
+                type=parse_bool if value_type is bool else value_type,
+                default=argparse.SUPPRESS,  # absent from the namespace unless given, so that a preset's value holds
+                help=setting.metadata["help"] + default,
+                metavar=_PLACEHOLDERS[value_type],
+                **options,
+            )
+        except argparse.ArgumentError:
+            raise UserError(f"--{flag} of --policy_file {file} is a flag already (expected another name)") from None
 
 
 def from_args(args: argparse.Namespace, seed: int = 0) -> CacheSettings:
     """The settings that the flags of `add_arguments` ask for.
 
-    Raises `UserError` if they are out of range, or are no settings of the policy.
+    Numbers of other policies have no effect (see `without_effect`). Raises `UserError` for settings that are out of
+    range, and for a switch that is on but belongs to another policy.
     """
-    presets: Mapping[str, Preset] = args.presets
-    default = "full" if args.policy_file is None else list(presets)[-1]
-    name = getattr(args, "policy", default)
-    if name not in presets:
-        preset(name, presets=presets)  # refuses the name
-    fields_by_flag = {flag: field for field, flag in flag_names(presets[name].settings).items()}
+    name = _policy_name(args)
+    own = {flag: field for field, flag in flag_names(args.presets[name].settings).items()}
     changes = {}
     for flag, value in given(args).items():
-        if flag not in fields_by_flag:
-            expected = ", ".join(f"--{own}" for own in fields_by_flag)
+        if flag in own:
+            changes[own[flag]] = value
+        elif value is True:
+            expected = ", ".join(f"--{each}" for each in own)
             raise UserError(f"--{flag} is not a setting of --policy {name} (expected {expected})")
-        changes[fields_by_flag[flag]] = value
-    return preset(name, presets=presets, **changes, seed=seed)
+    return preset(name, presets=args.presets, **changes, seed=seed)
+
+
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """A line for each setting on the command line that the policy does not have."""
+    name = _policy_name(args)
+    own = flag_names(args.presets[name].settings).values()
+    return [f"--{flag} has no effect on --policy {name}" for flag in given(args) if flag not in own]
+
+
+def _policy_name(args: argparse.Namespace) -> str:
+    """The policy that is asked for; without a word, that of `--policy_file`, or the full cache."""
+    default = "full" if args.policy_file is None else list(args.presets)[-1]
+    name: str = getattr(args, "policy", default)
+    if name not in args.presets:
+        preset(name, presets=args.presets)  # refuses the name
+    return name
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,15 +137,22 @@ def load_policy_file(path: Path) -> dict[str, Preset]:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, CacheSettings) and value.__module__ == spec.name
     ]
-    if len(classes) != 1 or not is_dataclass(classes[0]):
+    if len(classes) != 1:
         raise UserError(f"--policy_file {path}: defines {len(classes)} subclasses of CacheSettings (expected one)")
-    name = classes[0].policy
-    if name in PRESETS:
+    (settings,) = classes
+    if "__dataclass_fields__" not in vars(settings):
         raise UserError(
-            f"--policy_file {path}: the policy is called {name!r}, which is taken "
-            f"(expected another default of the field `policy` of {classes[0].__name__})"
+            f"--policy_file {path}: {settings.__name__} is no dataclass of its own "
+            "(expected @dataclass(frozen=True, kw_only=True) before the class)"
         )
-    return {name: Preset(classes[0])}
+    name = getattr(settings, "policy", None)
+    if name is None or name in PRESETS:
+        named = "has no name" if name is None else f"is called {name!r}, which is taken"
+        raise UserError(
+            f"--policy_file {path}: the policy {named} "
+            f'(expected a field like `policy: str = "{path.stem}"` in {settings.__name__})'
+        )
+    return {name: Preset(settings)}
 
 
 def _settings_of(presets: Mapping[str, Preset]) -> dict[str, Field[Any]]:
@@ -141,7 +165,8 @@ def _settings_of(presets: Mapping[str, Preset]) -> dict[str, Field[Any]]:
                 continue
             flag, value_type = names[setting.name], setting.metadata["type"]
             if value_type not in _PLACEHOLDERS:
-                raise UserError(f"setting {setting.name} of {chosen.settings.__name__} has no type of a flag")
+                where = f"setting {setting.name} of {chosen.settings.__name__}"
+                raise UserError(f"{where} has no type of a flag (expected value_type=bool, float, int or str)")
             if by_flag.setdefault(flag, setting).metadata["type"] is not value_type:
                 raise UserError(f"--{flag} has another type in {chosen.settings.__name__} than elsewhere")
     return by_flag

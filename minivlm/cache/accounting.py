@@ -97,6 +97,6 @@ def core_positions(cache: KVCache, layer_idx: int, row: int) -> Tensor:
     """Original positions [C] of a row's core in a layer, best first."""
     buffers = cache.layers[layer_idx]
     vision = buffers.layout.vision(buffers.counts[row])
-    core = buffers.in_core[row, vision] > 0
+    core = buffers.in_core_step[row, vision] > 0
     position = buffers.position[row, 0, vision][core]
     return position[best_first(buffers.vision_attn[row, vision][core], position)].cpu()

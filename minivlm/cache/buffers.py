@@ -44,8 +44,8 @@ class LayerBuffers:
         self.vision_attn = zeros(batch, tail_start)  # of the last refresh, mean over query heads
         # 1 for the slots of a core step: the core, the system prefix, and everything from `tail_start` on; 0 for the
         # other vision entries. Float, because a CPU makes a slower loop of a bool mask.
-        self.in_core = zeros(batch, slots)
-        self.core_slots = zeros(batch, self.layout.core_slots, of=torch.int64) if indexed else None
+        self.in_core_step = zeros(batch, slots)
+        self.core_slots = zeros(batch, self.layout.core_width, of=torch.int64) if indexed else None
         self.write_slot = zeros(batch, kv_heads, of=torch.int64)  # where the next token goes
         self._bounds = zeros(3, batch, 1, of=torch.int64)
         self.arrange(counts)
@@ -57,16 +57,16 @@ class LayerBuffers:
             len(self.k) == len(counts)
             and (self.layout.tail_start, self.layout.slots) == (layout.tail_start, layout.slots)
             and (self.score is not None) == scored
-            and (self.core_slots is None or self.core_slots.shape[1] == layout.core_slots)
+            and (self.core_slots is None or self.core_slots.shape[1] == layout.core_width)
         )
 
     def arrange(self, counts: Sequence[EntryCounts]) -> None:
         """Set the bounds of each row. The caller writes the entries, and which of them are the core."""
         self.counts = counts
         start = self.layout.tail_start
-        bounds = [(start - row.fixed, start - row.system, row.core) for row in counts]
+        bounds = [(start - each.fixed, start - each.system, each.core) for each in counts]
         self._bounds.copy_(torch.tensor(bounds).T[..., None])
-        self.write_slot.copy_(torch.tensor([[start + row.tail] for row in counts]).expand_as(self.write_slot))
+        self.write_slot.copy_(torch.tensor([[start + each.tail] for each in counts]).expand_as(self.write_slot))
 
     @property
     def vision_start(self) -> Tensor:
@@ -95,19 +95,28 @@ class LayerBuffers:
     def tensors(self) -> list[Tensor]:
         """Everything that a decode step reads or writes."""
         optional = [tensor for tensor in (self.score, self.core_slots) if tensor is not None]
-        return [self.k, self.v, self.position, self.vision_attn, self.in_core, self.write_slot, self._bounds, *optional]
+        return [
+            self.k,
+            self.v,
+            self.position,
+            self.vision_attn,
+            self.in_core_step,
+            self.write_slot,
+            self._bounds,
+            *optional,
+        ]
 
     def mark_core(self, row: int, core: Tensor) -> None:
         """Let only the entries of the mask core [vision] of a row's vision entries take part in core steps."""
         vision = self.layout.vision(self.counts[row])
-        self.in_core[row] = (torch.arange(self.layout.slots, device=core.device) >= vision.start).float()
-        self.in_core[row, vision] = core.float()
+        self.in_core_step[row] = (torch.arange(self.layout.slots, device=core.device) >= vision.start).float()
+        self.in_core_step[row, vision] = core.float()
 
     def list_core(self) -> None:
-        """Bring `core_slots` up to date with `in_core`. After a row's last slot, slot 0 is repeated."""
+        """Bring `core_slots` up to date with `in_core_step`. After a row's last slot, slot 0 is repeated."""
         if self.core_slots is not None:
-            in_core = self.in_core[:, : self.layout.tail_start] > 0
-            self.core_slots.copy_(first_slots(in_core, self.core_slots.shape[1]))
+            in_core_step = self.in_core_step[:, : self.layout.tail_start] > 0
+            self.core_slots.copy_(first_slots(in_core_step, self.core_slots.shape[1]))
 
 
 def choose_cores(layers: Sequence[LayerBuffers], active: Tensor) -> None:
@@ -128,7 +137,7 @@ def choose_cores(layers: Sequence[LayerBuffers], active: Tensor) -> None:
             attn.append(torch.where(is_vision, buffers.vision_attn, -1.0))  # [B, start]
         cores = best_of(torch.stack(attn), torch.stack([buffers.core_size for buffers in group]))  # [layers, B, start]
         for buffers, core in zip(group, cores, strict=True):
-            before = buffers.in_core[:, :start]
+            before = buffers.in_core_step[:, :start]
             now = (core | (slots >= buffers.system_start)).float()
             before.copy_(torch.where(active[:, None], now, before))
             buffers.list_core()

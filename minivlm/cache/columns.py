@@ -12,11 +12,11 @@ from torch import Tensor
 
 from minivlm.cache import attention
 from minivlm.cache.counts import EntryCounts, TailPlan
-from minivlm.cache.policy import Candidates, Entries, PromptFilter, TokenBudget, VisionSelection
+from minivlm.cache.policy import Candidates, Entries, PromptFilter, TokenBudget, VisionSelection, check_scores
 from minivlm.cache.ranking import LAST, best_first, order_key
 
 
-class ActiveTokens:
+class ComputedTokens:
     """The new tokens of one row that are still computed; filters drop image tokens on the way."""
 
     def __init__(self, index: Tensor, is_vision: Tensor) -> None:
@@ -27,10 +27,10 @@ class ActiveTokens:
     def __len__(self) -> int:
         return len(self.index)
 
-    def after_dropping_all_but(self, best: Tensor) -> tuple[ActiveTokens, Tensor]:
+    def after_dropping_all_but(self, best: Tensor) -> tuple[ComputedTokens, Tensor]:
         """What remains if of the image tokens only `vision[best]` go on, and where it stood among these, [S'']."""
         left = torch.cat((self.text, self.vision[best])).sort().values
-        return ActiveTokens(self.index[left], torch.isin(left, self.vision[best])), left
+        return ComputedTokens(self.index[left], torch.isin(left, self.vision[best])), left
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Columns:
     position: Tensor  # [H_kv, M]
     past: EntryCounts  # the old entries by class, in the order of the layout: vision, system, tail
     past_score: Tensor | None  # [H_kv, past tail], what the token budget remembers
-    tokens: ActiveTokens
+    tokens: ComputedTokens
     layer_idx: int
     sample: int
 
@@ -72,11 +72,19 @@ class Columns:
         old = torch.arange(self.past.fixed, self.old, device=self.k.device)
         return torch.cat((old, self.old + self.tokens.text[new_system:]))
 
-    def candidates(self, index: Tensor, attn: Tensor, count: int) -> Candidates:
-        """The image entries in the columns `index` [n] as a policy sees them, with the attention attn [M] of all."""
-        return Candidates(
-            self.position[:, index], self.k, self.v, index, attn[index], count, self.layer_idx, self.sample
-        )
+    def entries(self, index: Tensor) -> Entries:
+        """The entries in the columns `index` [n], ascending, as a policy sees them."""
+        if len(index) == self.k.shape[1]:  # all of them: nothing needs to be copied
+            return Entries(self.position, self.k, self.v)
+        return Entries(self.position[:, index], self.k, self.v, index)
+
+    def candidates(self, index: Tensor, attn: Tensor, kept: int, count: int) -> Candidates:
+        """The image entries in the columns `index` [n] as a policy sees them, with the attention attn [M] of all.
+
+        The first `kept` of them stay in any case, and `count` of the others.
+        """
+        position = self.position[:, index]
+        return Candidates(position, self.k, self.v, index, attn[index], kept, count, self.layer_idx, self.sample)
 
     def mean_attention(self, window: int) -> Tensor:
         """Attention [M] of the last `window` queries, averaged over them and over all query heads."""
@@ -90,7 +98,9 @@ def filter_scores(prompt_filter: PromptFilter, columns: Columns, attn: Tensor | 
     """Scores [n] of the image tokens that are still computed, of which `count` will go on."""
     if attn is None or not len(columns.tokens.vision):
         return torch.zeros(0, device=columns.k.device)
-    return prompt_filter.scores(columns.candidates(columns.old + columns.tokens.vision, attn, count))
+    index, count = columns.old + columns.tokens.vision, min(count, len(columns.tokens.vision))
+    scores = prompt_filter.scores(columns.candidates(index, attn, 0, count))
+    return check_scores(scores, (len(columns.tokens.vision),), prompt_filter, "scores")
 
 
 def choose_vision(
@@ -104,11 +114,13 @@ def choose_vision(
     if attn is None or selection is None:
         return index, torch.ones_like(index, dtype=torch.bool)
     count = counts.vision - past
-    candidates = columns.candidates(index, attn, count)
-    scores, position = selection.scores(candidates), columns.position[0, index]
+    candidates = columns.candidates(index, attn, past, count)
+    position = columns.position[0, index]
+    scores = check_scores(selection.scores(candidates), (len(index),), selection, "scores")
     best = past + best_first(scores[past:], position[past:])[:count]
     kept = torch.cat((torch.arange(past, device=best.device), best.sort().values))
-    core_first = best_first(selection.core_scores(candidates)[kept], position[kept])
+    core_scores = check_scores(selection.core_scores(candidates), (len(index),), selection, "core_scores")
+    core_first = best_first(core_scores[kept], position[kept])
     core = torch.zeros_like(kept, dtype=torch.bool).index_fill_(0, core_first[: counts.core], True)
     return index[kept], core
 
@@ -120,20 +132,22 @@ def choose_tail(
     if budget is None:
         return tail.expand(len(columns.k), -1), None
     score = _tail_scores(budget, columns, tail)
-    if plan.length == len(tail):
+    if plan.lengths[0] == len(tail):
         return tail.expand(len(columns.k), -1), score
     position = columns.position[:, tail]
     key = torch.where(position < plan.recent_from, order_key(score, position), LAST)
-    keep = key.argsort(dim=1, descending=True)[:, : plan.length].sort(dim=1).values  # [H_kv, n']
+    keep = key.argsort(dim=1, descending=True)[:, : plan.lengths[0]].sort(dim=1).values  # [H_kv, n']
     return tail[keep], score.gather(1, keep)
 
 
 def _tail_scores(budget: TokenBudget, columns: Columns, tail: Tensor) -> Tensor:
     """Scores [H_kv, n] of the tail's columns [n]: old ones remembered, then the new queries block by block."""
     known = columns.past.tail
-    score = budget.start(Entries(columns.position[:, tail], columns.k, columns.v, tail))
+    shape = (len(columns.k), len(tail))
+    score = budget.first_scores(columns.entries(tail))
+    check_scores(score, shape, budget, "first_scores")
     if columns.past_score is not None:
-        score[:, :known] = columns.past_score
+        score = torch.cat((columns.past_score, score[:, known:]), dim=1)
     wanted = budget.prompt_queries()
     queries = tail[known:] - columns.old  # those of the tail's own new tokens
     own = torch.arange(known, len(tail), device=tail.device)
@@ -145,4 +159,5 @@ def _tail_scores(budget: TokenBudget, columns: Columns, tail: Tensor) -> Tensor:
         visible = columns.old + queries[block] + 1
         weights = attention.weights(columns.q[:, queries[block]], columns.k, visible)[:, :, tail]
         score = budget.score_prompt(score, weights, own[block])
+        check_scores(score, shape, budget, "score_prompt")
     return score

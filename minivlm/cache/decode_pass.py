@@ -1,8 +1,8 @@
 """The decode pass: one token of each row, against everything that takes part in a step of its kind.
 
 A step writes its token into the slot that the previous step's eviction freed, or into the next unused one, attends, and
-only then chooses its own victim. Everything that depends on the step is read from tables by a tensor, so a step
-neither allocates nor waits for the device. Rows that have finished write nothing.
+only then chooses its own victim. Everything that depends on the step is read from tables by a tensor: no buffer grows
+or moves, and nothing waits for the device. Rows that have finished write nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minivlm.cache import attention
 from minivlm.cache.buffers import LayerBuffers
-from minivlm.cache.policy import Entries, TokenBudget
+from minivlm.cache.policy import Entries, TokenBudget, check_scores
 from minivlm.cache.ranking import LAST, order_key
 from minivlm.cache.state import CacheState, StepKind
 
@@ -32,7 +32,8 @@ class DecodePass:
         state, buffers = self.state, self.state.layers[layer_idx]
         budget = state.policy.budget_at(layer_idx)
         table = state.tables[state.budget_group[layer_idx]]  # [3, B, steps]
-        used, evicts, protected_from = (entry.gather(1, state.stored[:, None]) for entry in table)  # each [B, 1]
+        step = state.stored[:, None]  # [B, 1]
+        used, evicts, protected_from = (numbers.gather(1, step) for numbers in table)  # each [B, 1]
 
         # 1. The token takes its slot.
         self._write(buffers, k, v)
@@ -44,7 +45,7 @@ class DecodePass:
             keys, values, live, tail_start = self._reading(buffers, used)
             out, weights = attention.decode_static(q, keys, values, live, want_weights)
         else:
-            core = buffers.in_core > 0 if self.kind == "core" else None
+            core = buffers.in_core_step > 0 if self.kind == "core" else None
             spans = self._spans(layer_idx, buffers)
             out, weights = attention.decode_plain(q, buffers.k, buffers.v, spans, core, want_weights)
 
@@ -58,8 +59,8 @@ class DecodePass:
         next_place = used.expand_as(buffers.write_slot)
         if budget is not None:
             assert weights is not None
-            new = Entries(state.position[:, None].int(), k, v)
-            victim = self._victim(buffers, budget, weights[:, :, tail_start:], new, used, protected_from)
+            entry = Entries(state.position[:, None].int().expand(k.shape[:3]), k, v)
+            victim = self._victim(buffers, budget, weights[:, :, tail_start:], entry, used, protected_from)
             next_place = torch.where(evicts.bool(), victim, next_place)
         next_slot = buffers.layout.tail_start + next_place
         buffers.write_slot.copy_(torch.where(state.active[:, None], next_slot, buffers.write_slot))
@@ -86,11 +87,12 @@ class DecodePass:
         slots = torch.arange(layout.slots, device=used.device)
         live = (slots >= buffers.vision_start) & (slots < layout.tail_start + used)
         if self.kind == "core":
-            live = live & (buffers.in_core > 0)
+            live = live & (buffers.in_core_step > 0)
         if self.kind != "core" or buffers.core_slots is None:
             return buffers.k, buffers.v, live, layout.tail_start
         # Only what the core step needs, by index.
         (batch, kv_heads), width = buffers.write_slot.shape, buffers.core_slots.shape[1]
+        # The core and the system prefix; the rest of the list is padding.
         listed = slots[:width] < buffers.core_size + layout.tail_start - buffers.system_start  # [B, width]
         index = torch.cat((buffers.core_slots, slots[layout.tail_start :].expand(batch, -1)), dim=1)  # [B, n]
         row = torch.arange(batch, device=used.device)[:, None, None]
@@ -112,7 +114,7 @@ class DecodePass:
         buffers: LayerBuffers,
         budget: TokenBudget,
         attn: Tensor,
-        new: Entries,
+        entry: Entries,
         used: Tensor,
         protected_from: Tensor,
     ) -> Tensor:
@@ -122,8 +124,10 @@ class DecodePass:
         slots = torch.arange(attn.shape[2], device=attn.device)
         live = (slots < used)[:, None]  # [B, 1, tail slots]
         is_new = slots == buffers.write_slot[..., None] - buffers.layout.tail_start  # [B, H_kv, tail slots]
-        score = torch.where(is_new, budget.start(new), buffers.score)
+        first_scores = check_scores(budget.first_scores(entry), tuple(entry.positions.shape), budget, "first_scores")
+        score = torch.where(is_new, first_scores, buffers.score)
         score = budget.score_step(score, attn, live, is_new)
+        check_scores(score, tuple(attn.shape), budget, "score_step")
         buffers.score.copy_(torch.where(live & self.state.active[:, None, None], score, buffers.score))
         position = buffers.position[:, :, buffers.layout.tail_start :]
         key = torch.where(live & (position < protected_from[..., None]), order_key(score, position), LAST)

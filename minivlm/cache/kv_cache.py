@@ -30,6 +30,7 @@ class KVCache(CacheState):
     rest no weight. None chooses by the device.
     """
 
+    # The passes' classes; eval/attention puts others in their place, which watch.
     prefill_pass: type[PrefillPass] = PrefillPass
     decode_pass: type[DecodePass] = DecodePass
 
@@ -49,7 +50,7 @@ class KVCache(CacheState):
     def reset(self, samples: Sequence[int]) -> None:
         """Forget all entries. As many new sequences as before use the buffers again, where they fit."""
         self.sequences = [SequenceState(sample) for sample in samples]
-        self.turns = 0
+        self.num_turns = 0
         self.step_kinds = []
         self.max_steps = 0
 
@@ -65,25 +66,29 @@ class KVCache(CacheState):
         Raises `UserError` if the new tokens leave the model's context or the policy's counts are infeasible; the cache
         is then as it was.
         """
-        stored = self.stored.tolist() if self.turns else [0] * len(self.sequences)
+        stored = self.stored.tolist() if self.num_turns else [0] * len(self.sequences)
         lengths = [sequence.length + n for sequence, n in zip(self.sequences, stored, strict=True)]
-        context, num_layers = self.config.context_length, self.config.num_hidden_layers
+        context = self.config.context_length
         for mask, length in zip(is_vision, lengths, strict=True):
-            check_turn(self.policy, mask, length, num_layers, context)
+            check_turn(self.policy, mask, length, context)
 
+        # Plan for all rows first: a turn that is refused must not have changed anything.
         room = max(context - length - len(mask) for length, mask in zip(lengths, is_vision, strict=True))
-        self.max_steps = max(0, min(max_new_tokens - 1, room))
-        turns = [
-            sequence.begin_turn(mask, n, self.budgets, self.policy.whole_cache, self.max_steps)
+        max_steps = max(0, min(max_new_tokens - 1, room))
+        plans = [
+            sequence.plan_turn(mask, n, self.budgets, self.policy.whole_cache, max_steps)
             for sequence, mask, n in zip(self.sequences, is_vision, stored, strict=True)
         ]
+        for sequence, plan in zip(self.sequences, plans, strict=True):
+            sequence.begin_turn(plan)
+        self.max_steps = max_steps
         self.fill_tables()
         self.step_kinds = []
-        self.turns += 1
-        later, batch = self.turns > 1, len(turns)
-        at_once = batch if later or rows_at_once is None else rows_at_once
+        self.num_turns += 1
+        batch = len(plans)
+        at_once = batch if self.num_turns > 1 or rows_at_once is None else rows_at_once
         return [
-            self.prefill_pass(self, turns, range(first, min(first + at_once, batch)), later)
+            self.prefill_pass(self, plans, range(first, min(first + at_once, batch)))
             for first in range(0, batch, at_once)
         ]
 

@@ -45,7 +45,7 @@ class Recorder:
         """Note what each layer holds after prefill, and its first core."""
         layers, kv_heads, positions = len(cache.layers), cache.config.num_key_value_heads, cache.sequences[0].length
         self.fate = torch.zeros(layers, kv_heads, positions, dtype=torch.int16)
-        start = positions - len(prefill.turns[0].is_vision)
+        start = positions - len(prefill.plans[0].is_vision)
         for layer_idx in range(layers):
             never = torch.ones(positions, dtype=torch.bool)
             never[:start] = False

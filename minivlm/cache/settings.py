@@ -24,12 +24,12 @@ def setting(default: Any, text: str, *, flag: str | None = None, value_type: typ
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """What the settings of all policies have in common; by itself, those of the full cache.
+    """What the settings of all policies have in common; each policy's own class extends it.
 
     Raises `UserError` for values that are out of range.
     """
 
-    policy: str = "full"  # the name
+    policy: str  # the name
     kv_budget: float | None = setting(
         None, "share of the prompt's KV bytes that the policy may hold (sets its rate)", value_type=float
     )
@@ -41,7 +41,7 @@ class CacheSettings:
 
     def build(self, num_layers: int) -> Policy:
         """The policy's parts for a decoder of `num_layers`; raises `UserError` if they do not fit it."""
-        return Policy(self.policy)
+        raise NotImplementedError(f"{type(self).__name__} builds no policy")
 
     def notes(self, images: bool = True) -> list[str]:
         """A line for each setting that is legal but may surprise, on a prompt with or without images."""

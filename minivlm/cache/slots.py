@@ -33,31 +33,31 @@ class SlotLayout:
 
     tail_start: int
     slots: int
-    core_slots: int  # places in the list of a core step's slots left of `tail_start`
+    core_width: int  # places in the list of a core step's slots left of `tail_start`
 
     @classmethod
-    def of(cls, counts: Sequence[EntryCounts]) -> SlotLayout:
-        """The layout that rows with these counts need."""
-        tail_start = bucket(max(row.fixed for row in counts))
-        slots = tail_start + bucket(max(row.tail_capacity for row in counts))
-        return cls(tail_start, slots, bucket(max(row.core + row.system for row in counts)))
+    def of(cls, rows: Sequence[EntryCounts]) -> SlotLayout:
+        """The layout that rows with such counts need."""
+        tail_start = bucket(max(counts.fixed for counts in rows))
+        slots = tail_start + bucket(max(counts.tail_capacity for counts in rows))
+        return cls(tail_start, slots, bucket(max(counts.core + counts.system for counts in rows)))
 
-    def vision(self, row: EntryCounts) -> slice:
+    def vision(self, counts: EntryCounts) -> slice:
         """A row's vision entries, in ascending order of position."""
-        return slice(self.tail_start - row.fixed, self.tail_start - row.system)
+        return slice(self.tail_start - counts.fixed, self.tail_start - counts.system)
 
-    def prefilled(self, row: EntryCounts) -> slice:
+    def prefilled(self, counts: EntryCounts) -> slice:
         """All entries that a row holds after prefill."""
-        return slice(self.tail_start - row.fixed, self.tail_start + row.tail)
+        return slice(self.tail_start - counts.fixed, self.tail_start + counts.tail)
 
-    def live(self, row: EntryCounts, tail: int, write_slot: Tensor) -> Tensor:
+    def live(self, counts: EntryCounts, tail: int, write_slot: Tensor) -> Tensor:
         """Slots [H_kv, n] of a row's entries, `tail` of them in the tail, in the order of the layout.
 
         write_slot [H_kv] is where the next token goes. If the last step evicted, that slot is a hole inside the tail;
         then the entry in the last used slot counts in its place.
         """
         device = write_slot.device
-        fixed = torch.arange(self.tail_start - row.fixed, self.tail_start, device=device).expand(len(write_slot), -1)
+        fixed = torch.arange(self.tail_start - counts.fixed, self.tail_start, device=device).expand(len(write_slot), -1)
         used = torch.arange(self.tail_start, self.tail_start + tail, device=device)
         is_hole = used == write_slot[:, None]  # [H_kv, tail]; nowhere if the next token goes to the first unused slot
         return torch.cat((fixed, torch.where(is_hole, self.tail_start + tail, used)), dim=1)

@@ -12,13 +12,15 @@ from minivlm.cache.counts import SequenceState
 from minivlm.cache.policy import Policy, TokenBudget
 from minivlm.model.config import TextConfig
 
-# What takes part in a decode step: "core", the core, the system prefix and the text; "refresh", everything, and the
-# cores are chosen anew; "full", everything.
+# What takes part in a decode step; see the words in minivlm/cache/__init__.py.
 StepKind = Literal["core", "refresh", "full"]
 
 
 class CacheState:
-    """The data of a cache: what is fixed, what the host knows, and what lies on the device."""
+    """The data of a cache: what is fixed, what the host knows, and what lies on the device.
+
+    Raises `UserError` for a policy that does not have a part for each layer.
+    """
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class CacheState:
         self.device = torch.device(device)
         self.static = static
         self.gather = static and (self.device.type == "cuda" if gather is None else gather)
+        policy.check_layers(config.num_hidden_layers)
         by_layer = [policy.budget_at(layer_idx) for layer_idx in range(config.num_hidden_layers)]
         # Layers with equal token budgets share their counts.
         self.budgets: list[TokenBudget | None] = list(dict.fromkeys(by_layer))
@@ -43,7 +46,7 @@ class CacheState:
 
         # On the host.
         self.sequences: list[SequenceState] = []
-        self.turns = 0
+        self.num_turns = 0
         self.step_kinds: list[StepKind] = []  # of this turn's decode steps
         self.max_steps = 0  # decode steps for which there is room
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minivlm.cache.buffers import LayerBuffers
-from minivlm.cache.counts import EntryCounts
+from minivlm.cache.counts import EntryCounts, SequenceState
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.slots import SlotLayout
 from minivlm.errors import UserError
@@ -28,19 +28,19 @@ from minivlm.files import write_whole
 
 _VERSION = 3
 _KEY = "minivlm.kv_cache"  # of the metadata
-_BUFFERS = ("k", "v", "position", "score", "vision_attn", "in_core", "write_slot")
+_BUFFERS = ("k", "v", "position", "score", "vision_attn", "in_core_step", "write_slot")
 _COUNTS = ("vision", "core", "system", "tail", "tail_capacity")  # the fields of `EntryCounts`
 
 
 def save_cache(cache: KVCache, path: Path) -> None:
     """Write all of a prefilled cache to one file; raises `UserError` where that is impossible."""
-    if not cache.turns:
+    if not cache.num_turns:
         raise UserError(f"{path}: an empty cache is not saved (expected one after a prefill)")
     tensors = {"stored": cache.stored, "active": cache.active}
     for layer_idx, buffers in enumerate(cache.layers):
         by_name = {name: getattr(buffers, name) for name in _BUFFERS}
         tensors |= {f"layers.{layer_idx}.{name}": tensor for name, tensor in by_name.items() if tensor is not None}
-        counts = [[getattr(row, name) for name in _COUNTS] for row in buffers.counts]
+        counts = [[getattr(each, name) for name in _COUNTS] for each in buffers.counts]
         tensors[f"layers.{layer_idx}.counts"] = torch.tensor(counts)
     for row, sequence in enumerate(cache.sequences):
         for name in ("evictable_positions", "vision_positions", "tail_lengths"):
@@ -49,7 +49,7 @@ def save_cache(cache: KVCache, path: Path) -> None:
         **_identity(cache, cache.layers[0].k.dtype),
         "samples": [sequence.sample for sequence in cache.sequences],
         "lengths": [sequence.length for sequence in cache.sequences],
-        "turns": cache.turns,
+        "turns": cache.num_turns,
         "step_kinds": cache.step_kinds,
     }
 
@@ -79,13 +79,9 @@ def load_cache(cache: KVCache, path: Path, dtype: torch.dtype) -> None:
         raise UserError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    for row, sequence in enumerate(cache.sequences):
-        sequence.sample, sequence.length = metadata["samples"][row], metadata["lengths"][row]
-        lists = stored.lists[row]
-        sequence.evictable_positions, sequence.vision_positions = lists.evictable, lists.vision
-        sequence.tail_lengths = lists.tail_lengths
+    cache.sequences = stored.sequences
     cache.layers[:] = stored.layers
-    cache.turns, cache.step_kinds = metadata["turns"], metadata["step_kinds"]
+    cache.num_turns, cache.step_kinds = metadata["turns"], metadata["step_kinds"]
     cache.max_steps = stored.max_steps
     cache.fill_tables()
     cache.stored.copy_(stored.stored)
@@ -145,15 +141,6 @@ def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     return content
 
 
-@dataclass
-class _Lists:
-    """What the host knew of one sequence."""
-
-    evictable: list[int]
-    vision: list[int]
-    tail_lengths: list[list[int]]
-
-
 class _Stored:
     """A file's tensors, each one checked, in new layers on the cache's device."""
 
@@ -167,10 +154,11 @@ class _Stored:
         kinds = metadata.get("step_kinds")
         if not isinstance(kinds, list) or not all(kind in ("core", "refresh", "full") for kind in kinds):
             raise UserError("damaged metadata (step_kinds)")
-        self.lists = [self._read_lists(row, metadata["lengths"][row]) for row in range(batch)]
-        self.max_steps = len(self.lists[0].tail_lengths[0]) - 1
+        samples, sequence_lengths = metadata["samples"], metadata["lengths"]
+        self.sequences = [self._read_sequence(row, samples[row], sequence_lengths[row]) for row in range(batch)]
+        self.max_steps = len(self.sequences[0].tail_lengths[0]) - 1
         agreeing = all(
-            len(lengths) == self.max_steps + 1 for sequence in self.lists for lengths in sequence.tail_lengths
+            len(lengths) == self.max_steps + 1 for sequence in self.sequences for lengths in sequence.tail_lengths
         )
         if len(kinds) > self.max_steps or not agreeing:
             raise UserError("damaged (steps that do not agree)")
@@ -180,7 +168,7 @@ class _Stored:
         if self.names:
             raise UserError(f"damaged (unexpected tensor {min(self.names)!r})")
 
-    def _read_lists(self, row: int, length: int) -> _Lists:
+    def _read_sequence(self, row: int, sample: int, length: int) -> SequenceState:
         prefix, groups = f"sequences.{row}", len(self.cache.budgets)
         evictable = self._read(f"{prefix}.evictable_positions", (None,), torch.int64, (0, length - 1)).tolist()
         vision = self._read(f"{prefix}.vision_positions", (None,), torch.int64, (0, length - 1)).tolist()
@@ -195,7 +183,7 @@ class _Stored:
         )
         if not ascending or not growing:
             raise UserError(f"damaged (the lists of sequence {row})")
-        return _Lists(evictable, vision, tails)
+        return SequenceState(sample, length, vision, evictable, tails)
 
     def _read_layer(self, layer_idx: int) -> LayerBuffers:
         cache, prefix = self.cache, f"layers.{layer_idx}"
@@ -210,7 +198,7 @@ class _Stored:
             "k": self._read(f"{prefix}.k", (batch, heads, slots, dim), self.dtype),
             "v": self._read(f"{prefix}.v", (batch, heads, slots, dim), self.dtype),
             "position": self._read(f"{prefix}.position", (batch, heads, slots), torch.int32, (0, context - 1)),
-            "in_core": self._read(f"{prefix}.in_core", (batch, slots), torch.float32),
+            "in_core_step": self._read(f"{prefix}.in_core_step", (batch, slots), torch.float32),
             "write_slot": self._read(f"{prefix}.write_slot", (batch, heads), torch.int64, (left, slots - 1)),
             "vision_attn": self._read(f"{prefix}.vision_attn", (batch, left), torch.float32),
         }
@@ -220,11 +208,11 @@ class _Stored:
             counts, heads, dim, scored=scored, indexed=cache.indexed, dtype=self.dtype, device=cache.device
         )
         for row, row_counts in enumerate(counts):
-            core = tensors["in_core"][row, layout.vision(row_counts)] == 1
+            core = tensors["in_core_step"][row, layout.vision(row_counts)] == 1
             buffers.mark_core(row, core.to(cache.device))
-            same = torch.equal(buffers.in_core[row].cpu(), tensors["in_core"][row])
+            same = torch.equal(buffers.in_core_step[row].cpu(), tensors["in_core_step"][row])
             if int(core.sum()) != row_counts.core or not same:
-                raise UserError(f"damaged ({prefix}.in_core)")
+                raise UserError(f"damaged ({prefix}.in_core_step)")
         for name, tensor in tensors.items():
             getattr(buffers, name).copy_(tensor)
         buffers.list_core()
@@ -234,10 +222,13 @@ class _Stored:
         name, most = f"layers.{layer_idx}.counts", self.cache.config.context_length + 1
         table = self._read(name, (len(self.cache.sequences), len(_COUNTS)), torch.int64, (0, most))
         counts = [EntryCounts(*numbers) for numbers in table.tolist()]
-        for row, sequence in zip(counts, self.lists, strict=True):
+        for row_counts, sequence in zip(counts, self.sequences, strict=True):
             lengths = sequence.tail_lengths[self.cache.budget_group[layer_idx]]
             capacity = max([lengths[0], *(length + 1 for length in lengths[:-1])])
-            if row.core > row.vision or (row.tail, row.tail_capacity) != (lengths[0], capacity):
+            if row_counts.core > row_counts.vision or (row_counts.tail, row_counts.tail_capacity) != (
+                lengths[0],
+                capacity,
+            ):
                 raise UserError(f"damaged ({name})")
         return counts
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from minivlm.cache.kv_cache import KVCache
+from minivlm.cache.policies import preset
 from minivlm.cache.recorder import Observer
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
@@ -23,6 +24,8 @@ from minivlm.generation.steps import DecodeStep, decode_step
 from minivlm.inputs.images import load_image
 from minivlm.inputs.processor import ModelInputs, Processor
 from minivlm.model.llava import Llava
+
+FULL = preset("full")
 
 
 class VLM:
@@ -60,13 +63,13 @@ class VLM:
         images: Sequence[ImageSource] = (),
         *,
         sampling: Sampling = Sampling(),
-        settings: CacheSettings = CacheSettings(),
+        settings: CacheSettings = FULL,
     ) -> Answer:
         """Answer one question. Raises `UserError` for bad images, prompts and settings."""
         return self.ask_batch([Request(prompt, images)], sampling=sampling, settings=settings)[0]
 
     def ask_batch(
-        self, requests: Sequence[Request], *, sampling: Sampling = Sampling(), settings: CacheSettings = CacheSettings()
+        self, requests: Sequence[Request], *, sampling: Sampling = Sampling(), settings: CacheSettings = FULL
     ) -> list[Answer]:
         """Answer several questions at once; in float32 each gets the answer it would get alone."""
         generation = self._start(requests, sampling, settings)
@@ -85,13 +88,13 @@ class VLM:
         images: Sequence[ImageSource] = (),
         *,
         sampling: Sampling = Sampling(),
-        settings: CacheSettings = CacheSettings(),
+        settings: CacheSettings = FULL,
         observer: Observer | None = None,
     ) -> Stream:
         """Answer piece by piece: iterate over the text, then read `.answer`."""
         return Stream(self.processor, self._start([Request(prompt, images)], sampling, settings, observer))
 
-    def chat(self, *, sampling: Sampling = Sampling(), settings: CacheSettings = CacheSettings()) -> Conversation:
+    def chat(self, *, sampling: Sampling = Sampling(), settings: CacheSettings = FULL) -> Conversation:
         """A conversation that keeps its cache between turns."""
         return Conversation(self, sampling, settings)
 

@@ -96,7 +96,7 @@ def test_what_is_outside_the_core_takes_no_part(how):
         cache = KVCache(model.config.text, preset("avl").build(3), (0, 1), **DECODES[how])
         prefill_prompts(model, cache, prompts, 4)
         for buffers in cache.layers if garbage else ():
-            secondary = (buffers.in_core == 0) & (torch.arange(buffers.layout.slots) >= buffers.vision_start)
+            secondary = (buffers.in_core_step == 0) & (torch.arange(buffers.layout.slots) >= buffers.vision_start)
             assert secondary.sum(dim=1).tolist() == [row.vision - row.core for row in buffers.counts] != [0, 0]
             for buffer in (buffers.k, buffers.v):
                 buffer.transpose(1, 2)[secondary] = 1e3

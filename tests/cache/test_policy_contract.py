@@ -6,20 +6,18 @@ layers and before the decoder.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from avl_cases import IMAGE_TOKEN, tiny_model
-from cache_helpers import Replay, prefill_prompts
+from cache_helpers import Replay
 from contract_policies import Diverse, DropSettings, PyramidWindowSettings, ShareFilter, SmallKeys, SmallVisionKeys
 from minivlm.cache.decode_pass import DecodePass
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.policy import Policy, Prompt
 from minivlm.cache.prefill_pass import PrefillPass
-from minivlm.errors import UserError
 from minivlm.generation.steps import prefill_logits
 from policies import DECODES, embed, prompt_ids
 
@@ -186,19 +184,6 @@ def test_batches_and_turns(settings, how):
     for row in range(2):
         for ours, alone in zip(both, replay_logits([row]), strict=True):
             torch.testing.assert_close(ours[row], alone[0], atol=1e-4, rtol=0)
-
-
-def test_policies_that_are_refused():
-    keys, diverse = SmallKeys(0.5), Diverse(0.5)
-    excluded = re.escape("'both': a budget over all entries excludes")
-    for parts in ({"vision": SmallVisionKeys(0.5)}, {"filters": (ShareFilter(1, 0.5),)}, {"inputs": diverse}):
-        with pytest.raises(UserError, match=excluded):
-            Policy("both", budget=keys, **parts)
-    for parts in ({"vision": (SmallVisionKeys(0.5),) * 2}, {"budget": (keys,) * 4}):
-        (count,) = map(len, parts.values())
-        cache = KVCache(MODEL.config.text, Policy("short", **parts))
-        with pytest.raises(UserError, match=f"policy 'short' has parts for {count} layers, the model has 3"):
-            prefill_prompts(MODEL, cache, PROMPTS[:1], 4)
 
 
 def test_a_policy_knows_what_reaches_a_layer():

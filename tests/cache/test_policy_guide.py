@@ -113,6 +113,7 @@ def test_it_has_all_that_a_policy_has(tova):
     assert policy_of(tova, "--policy avl") == shipped.preset("avl").build(2)
     with pytest.raises(UserError, match="--text_pruning_flag is not a setting of --policy tova"):
         policy_of(tova, "--text_pruning_flag")
+    assert policy_of(tova, "--text_pruning_rate 0.3 --text_pruning_flag no").budget.share == 0.5
 
 
 def test_the_lines_of_the_registry(tova):
@@ -132,9 +133,20 @@ NAMED = CLASS + "    policy: str = 'm'\n"
 # The text of a file, and what is said about it.
 REFUSED = {
     "no policy": ("x = 1\n", "defines 0 subclasses of CacheSettings"),
+    "no dataclass": (
+        CLASS + "    policy: str = 'a'\n" + HEAD.replace("CacheSettings, ", "") + "class B(Mine): ...\ndel Mine\n",
+        "B is no dataclass of its own",
+    ),
+    "a flag of the scripts": (
+        CLASS + "    policy: str = 'm'\n    help: int = setting(1, 'x')\n",
+        "--help of --policy_file",
+    ),
     "two policies": (CLASS + "    policy: str = 'a'\nclass B(Mine): ...\n", "defines 2 subclasses of CacheSettings"),
     "a name that is taken": (CLASS + "    policy: str = 'avl'\n", "the policy is called 'avl', which is taken"),
-    "no name": (CLASS + "    share: float = setting(0.5, 'share')\n", "the policy is called 'full', which is taken"),
+    "no name": (
+        CLASS + "    share: float = setting(0.5, 'share')\n",
+        "the policy has no name (expected a field like `policy: str =",
+    ),
     "no Python": ("def:\n", "SyntaxError"),
     "an error": ("1 / 0\n", "ZeroDivisionError: division by zero"),
     "another type": (NAMED + "    kv_budget: int = setting(1, 'x')\n", "--kv_budget has another type"),

@@ -51,8 +51,8 @@ class StreamingWithin(Streaming):
 
     room: StreamingBudget
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        room = self.room(prompt + answer)
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        room = self.room(before + answer)
         return room, max(room - SINKS, 0)
 
 

@@ -28,8 +28,8 @@ class Window(TokenBudget):
     pool: int
     over: ClassVar = "all"
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        return min(prompt, self.capacity) + answer, self.window + answer
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        return min(before, self.capacity) + answer, min(before, self.window) + answer
 
     def prompt_queries(self) -> int:
         return self.window
@@ -45,10 +45,10 @@ class SmallKeys(TokenBudget):
     share: float
     over: ClassVar = "all"
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        return int((prompt + answer) * self.share), 0
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        return int((before + answer) * self.share), 0
 
-    def start(self, entries: Entries) -> Tensor:
+    def first_scores(self, entries: Entries) -> Tensor:
         return -entries.keys.float().norm(dim=-1)
 
 

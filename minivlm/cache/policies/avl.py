@@ -84,8 +84,8 @@ class TextH2O(HeavyHitters, TextBudget):
 
     hh_rate: float
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        budget = self.budget(prompt + answer)
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        budget = self.budget(before + answer)
         return budget, budget - int(budget * self.hh_rate)
 
 
@@ -93,8 +93,8 @@ class TextH2O(HeavyHitters, TextBudget):
 class TextDirect(TextBudget):
     """The best of the last query alone: no memory, nothing protected, not even the current token."""
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        return self.budget(prompt + answer), 0
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        return self.budget(before + answer), 0
 
     def prompt_queries(self) -> int:
         return 1
@@ -110,8 +110,8 @@ class TextDirect(TextBudget):
 class TextHistory(TextBudget):
     """Attention above a quantile of its query's weights, accumulated; half of the budget is for the most recent."""
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        budget = self.budget(prompt + answer)
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        budget = self.budget(before + answer)
         return budget, budget // 2
 
     def prompt_queries(self) -> Literal["all"]:
@@ -136,6 +136,7 @@ class AVLSettings(CacheSettings):
     Rates are shares removed, in [0, 1]. Without any part this is the full cache.
     """
 
+    policy: str = "full"
     vision: bool = setting(False, "evict image entries after prefill", flag="vision_adaptive_attention")
     vision_rate: float = setting(0.5, "share of the image entries evicted", flag="vision_adaptive_attention_rate")
     vision_compute_rate: float = setting(

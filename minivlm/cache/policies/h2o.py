@@ -34,7 +34,7 @@ class WholeCacheH2O(HeavyHitters):
     share: float
     over: ClassVar = "all"
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        seen = prompt + answer
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        seen = before + answer
         recent = int(seen * self.share * 0.75)
         return int(seen * self.share * 0.25) + recent, recent

@@ -23,11 +23,11 @@ class Streaming(TokenBudget):
     share: float
     over: ClassVar = "all"
 
-    def limits(self, prompt: int, answer: int) -> tuple[int, int]:
-        budget = int((prompt + answer) * self.share)
+    def limits(self, before: int, answer: int) -> tuple[int, int]:
+        budget = int((before + answer) * self.share)
         return budget, max(budget - SINKS, 0)
 
-    def start(self, entries: Entries) -> Tensor:
+    def first_scores(self, entries: Entries) -> Tensor:
         return (entries.positions < SINKS).float()
 
 
