@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from avl_cases import IMAGE_TOKEN, tiny_model
-from cache_helpers import Replay
+from cache_helpers import Replay, replay_prefill
 from contract_policies import Diverse, DropSettings, PyramidWindowSettings, ShareFilter, SmallKeys, SmallVisionKeys
 from minivlm.cache.decode_pass import DecodePass
 from minivlm.cache.kv_cache import KVCache
@@ -44,13 +44,6 @@ def projected(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return seen
 
 
-def replay_prefill(policy: Policy, **options: bool) -> Replay:
-    """Both prompts prefilled, with room for an answer of 9 tokens."""
-    replayed = Replay(MODEL, policy, batch=len(PROMPTS), **options)
-    replayed.turn(embed(MODEL, PROMPTS), IS_VISION, 9)
-    return replayed
-
-
 def causal_attention(q: torch.Tensor, k: torch.Tensor, row: int, length: int) -> torch.Tensor:
     """Attention weights [H, S, S] of one row of a prefill, in float64."""
     keys = k[row, :, :length].double().repeat_interleave(q.shape[1] // k.shape[1], dim=0)
@@ -59,7 +52,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, row: int, length: int) ->
 
 
 def test_a_budget_that_differs_by_layer_and_head_and_evicts_once(projected):
-    replayed = replay_prefill(PyramidWindowSettings(capacity=30, window=4).build(LAYERS))
+    replayed = replay_prefill(MODEL, PyramidWindowSettings(capacity=30, window=4).build(LAYERS), PROMPTS, 9)
     for layer_idx, (q, k) in enumerate(projected):
         for row, ids in enumerate(PROMPTS):
             n, capacity = len(ids), 30 - 6 * layer_idx
@@ -80,7 +73,7 @@ def test_a_budget_that_differs_by_layer_and_head_and_evicts_once(projected):
 
 @pytest.mark.parametrize("how", DECODES)
 def test_a_budget_that_scores_by_keys_at_every_step(how, projected):
-    replayed = replay_prefill(Policy("keys", budget=SmallKeys(0.5)), **DECODES[how])
+    replayed = replay_prefill(MODEL, Policy("keys", budget=SmallKeys(0.5)), PROMPTS, 9, **DECODES[how])
     norms: dict[tuple[int, int, int, int], float] = {}  # of keys, by layer, row, head and position
 
     def note_norms(first_positions: list[int]) -> None:
@@ -107,7 +100,7 @@ def test_a_budget_that_scores_by_keys_at_every_step(how, projected):
 def test_a_selection_that_differs_by_layer_and_scores_by_keys(projected):
     """The core is still chosen by attention."""
     shares = (0.6, 0.4, 0.2)
-    replayed = replay_prefill(Policy("keys", vision=tuple(map(SmallVisionKeys, shares))))
+    replayed = replay_prefill(MODEL, Policy("keys", vision=tuple(map(SmallVisionKeys, shares))), PROMPTS, 9)
     for share, layer_idx, (q, k) in zip(shares, range(LAYERS), projected, strict=True):
         for row, ids in enumerate(PROMPTS):
             count = int(share * len(VISION[row]))
@@ -120,7 +113,8 @@ def test_a_selection_that_differs_by_layer_and_scores_by_keys(projected):
 
 
 def test_filters_at_two_layers(projected):
-    replayed = replay_prefill(Policy("pyramid drop", filters=(ShareFilter(1, 0.5), ShareFilter(2, 0.2))))
+    policy = Policy("pyramid drop", filters=(ShareFilter(1, 0.5), ShareFilter(2, 0.2)))
+    replayed = replay_prefill(MODEL, policy, PROMPTS, 9)
     for row, ids in enumerate(PROMPTS):
         tokens = list(range(len(ids)))
         for layer_idx, share in enumerate((0.5, 0.2)):
@@ -136,7 +130,7 @@ def test_filters_at_two_layers(projected):
 @torch.no_grad()
 def test_a_filter_before_the_decoder(how):
     """As if the dropped tokens had never been there, except that the others keep their positions."""
-    replayed = replay_prefill(Policy("diverse", inputs=Diverse(0.3)), **DECODES[how])
+    replayed = replay_prefill(MODEL, Policy("diverse", inputs=Diverse(0.3)), PROMPTS, 9, **DECODES[how])
     for _ in range(3):
         replayed.step([5, 6])
     for row, ids in enumerate(PROMPTS):

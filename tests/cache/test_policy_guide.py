@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from avl_cases import IMAGE_TOKEN, tiny_model
-from cache_helpers import Replay
+from avl_cases import tiny_model
+from cache_helpers import Replay, replay_prefill
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser
 from minivlm.cache import policies as shipped
@@ -19,7 +19,7 @@ from minivlm.cache.policy import Policy
 from minivlm.cache.prefill_pass import PrefillPass
 from minivlm.errors import UserError
 from paths import ROOT
-from policies import embed, prompt_ids
+from policies import prompt_ids
 
 GUIDE = ROOT / "docs" / "policies.md"
 MODEL = tiny_model(8, layers=2, heads=(4, 2))
@@ -48,15 +48,8 @@ def policy_of(file: Path, line: str = "") -> Policy:
     return policy_flags.from_args(parser.parse_args(words)).build(2)
 
 
-def replay_prefill(policy: Policy, **options: bool) -> Replay:
-    """Both prompts prefilled, with room for an answer of 12 tokens."""
-    replayed = Replay(MODEL, policy, batch=2, **options)
-    replayed.turn(embed(MODEL, PROMPTS), [ids == IMAGE_TOKEN for ids in PROMPTS], 12)
-    return replayed
-
-
 def replay_answer(file: Path, **options: bool) -> Replay:
-    replayed = replay_prefill(policy_of(file, "--kv_budget 0.25"), **options)
+    replayed = replay_prefill(MODEL, policy_of(file, "--kv_budget 0.25"), PROMPTS, 12, **options)
     for step in range(11):
         replayed.step([10 + step, 30 + step])
     return replayed
@@ -80,7 +73,7 @@ def test_it_holds_what_the_last_query_attends_to_most(tova, monkeypatch):
 
     monkeypatch.setattr(PrefillPass, "attend", attended)
     monkeypatch.setattr(budget, "score_step", scored)
-    replayed = replay_prefill(policy)
+    replayed = replay_prefill(MODEL, policy, PROMPTS, 12)
     for layer_idx, (q, k) in enumerate(projected):
         for row, ids in enumerate(PROMPTS):
             n = len(ids)

@@ -1,4 +1,4 @@
-"""Mistakes of a policy's author: each is told in one line that names the part, and a refused turn changes nothing."""
+"""Mistakes of a policy's author: one line names the part at fault, and a refused turn changes nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 from avl_cases import IMAGE_TOKEN, tiny_model
-from cache_helpers import Replay
+from cache_helpers import replay_prefill
 from contract_policies import Diverse, ShareFilter, SmallKeys, SmallVisionKeys
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.policies.avl import TextH2O
@@ -33,6 +33,7 @@ class Misspelt(SmallKeys):
 
 
 KEYS = SmallKeys(0.5)
+# What is complained of (trailing spaces tell cases apart), and the parts of a policy.
 INCONSISTENT = {
     "budgets are over 'all', 'text' (expected": {"budget": (TextH2O(0.5, 4, 0.7), KEYS)},
     "budgets are over 'ALL' (expected": {"budget": Misspelt(0.5)},
@@ -49,11 +50,11 @@ INCONSISTENT = {
 }
 
 
-@pytest.mark.parametrize("said", INCONSISTENT)
-def test_parts_that_do_not_fit_together(said):
+@pytest.mark.parametrize("complaint", INCONSISTENT)
+def test_parts_that_do_not_fit_together(complaint):
     with pytest.raises(UserError) as error:
-        Policy("wrong", **INCONSISTENT[said])
-    assert said.strip() in str(error.value) and str(error.value).startswith("policy 'wrong': ")
+        Policy("wrong", **INCONSISTENT[complaint])
+    assert complaint.strip() in str(error.value) and str(error.value).startswith("policy 'wrong': ")
 
 
 def test_parts_that_do_not_fit_the_model():
@@ -99,6 +100,7 @@ class Mistaken(TokenBudget):
         return attn.mean(dim=1) if self.mistake == "no heads" else scores
 
 
+# The mistake, and what is complained of.
 MISTAKES = {
     "falls": "Mistaken.limits falls from 52 to 51 at answer 1",
     "protects too much": "Mistaken.limits(52, 0) is (5, 6) (expected how many entries stay",
@@ -112,17 +114,11 @@ MISTAKES = {
 }
 
 
-def prefilled(policy: Policy, **options: bool) -> Replay:
-    replayed = Replay(MODEL, policy, batch=len(PROMPTS), **options)
-    replayed.turn(embed(MODEL, PROMPTS), IS_VISION, 9)
-    return replayed
-
-
 @pytest.mark.parametrize("how", DECODES)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_of_a_budget(mistake, how):
     with pytest.raises(UserError) as error:
-        prefilled(Policy("mistaken", budget=Mistaken(mistake)), **DECODES[how]).step([5, 6])
+        replay_prefill(MODEL, Policy("mistaken", budget=Mistaken(mistake)), PROMPTS, 9, **DECODES[how]).step([5, 6])
     assert MISTAKES[mistake] in str(error.value)
 
 
@@ -154,6 +150,7 @@ class WrongInputs(Diverse):
         return super().scores(embeds, count).long()
 
 
+# What is complained of, and the parts of a policy.
 CHOICES = {
     "WrongVision.counts returned -1, 20 (expected integers from 0 up)": {
         "vision": WrongVision(0.5, mistake="negative")
@@ -165,15 +162,15 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("said", CHOICES)
-def test_mistakes_of_parts_that_choose_image_entries(said):
+@pytest.mark.parametrize("complaint", CHOICES)
+def test_mistakes_of_parts_that_choose_image_entries(complaint):
     with pytest.raises(UserError) as error:
-        prefilled(Policy("mistaken", **CHOICES[said]))
-    assert said in str(error.value)
+        replay_prefill(MODEL, Policy("mistaken", **CHOICES[complaint]), PROMPTS, 9)
+    assert complaint in str(error.value)
 
 
 def test_limits_that_are_refused_in_a_later_turn_change_nothing():
-    replayed = prefilled(Policy("later", budget=Mistaken("in a later turn")))
+    replayed = replay_prefill(MODEL, Policy("later", budget=Mistaken("in a later turn")), PROMPTS, 9)
     replayed.step([5, 6])
     before = [replace(sequence) for sequence in replayed.cache.sequences]
     with pytest.raises(UserError, match=r"is \(30, 31\)"):

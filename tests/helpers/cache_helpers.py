@@ -20,7 +20,7 @@ from minivlm.cache.policy import Policy
 from minivlm.cache.settings import CacheSettings
 from minivlm.generation.steps import decode_step, prefill_logits, prefill_step
 from minivlm.model.llava import Llava
-from policies import image_features
+from policies import embed, image_features
 
 NO_STOP_IDS = torch.zeros(0, dtype=torch.int64)  # the stop ids of an answer that never ends by itself
 MARGIN = 1e-4  # a decision taken more narrowly than this is a tie: rounding may reverse it
@@ -143,6 +143,16 @@ class Replay:
                 if buffers.score is not None:
                     buffers.score[row][dead[:, layout.tail_start :]] = torch.nan
                 buffers.vision_attn[row][dead[0, : layout.tail_start]] = torch.nan
+
+
+def replay_prefill(
+    model: Llava, policy: Policy, prompts: Sequence[Tensor], max_new_tokens: int, **options: bool
+) -> Replay:
+    """A batch of prompts after its prefill; the number of a prompt is the seed of its image features."""
+    replayed = Replay(model, policy, batch=len(prompts), **options)
+    is_vision = [ids == model.config.image_token_index for ids in prompts]
+    replayed.turn(embed(model, prompts), is_vision, max_new_tokens)
+    return replayed
 
 
 def replay(case: Case, answers: Sequence[Sequence[int]], **options: bool) -> Replay:
