@@ -11,7 +11,7 @@ from PIL import Image
 
 import tiny
 import weights
-from minivlm import VLM, CacheSettings, Request, Sampling, UserError, preset
+from minivlm import VLM, Request, Sampling, UserError, preset
 from minivlm.generation.generate import Generation
 from minivlm.generation.sampling import choose_token
 from policies import needs_compiler
@@ -210,7 +210,7 @@ def test_a_stream_that_is_left_early(vlm):
 def test_a_generation_takes_ids_and_yields_ids(vlm):
     """It never sees text; that is the stream's part."""
     prompts = [torch.tensor([1, 5, 9]), torch.tensor([1, 7])]
-    generation = Generation(vlm.model, vlm.new_cache(CacheSettings(), [0, 1]), prompts, [], Sampling(3))
+    generation = Generation(vlm.model, vlm.new_cache(SETTINGS["full"], [0, 1]), prompts, [], Sampling(3))
     steps = list(generation)
     assert [len(step) for step in steps] == [2, 2, 2]
     assert generation.tokens == [list(row) for row in zip(*steps, strict=True)]

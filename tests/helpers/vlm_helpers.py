@@ -10,8 +10,8 @@ from minivlm import VLM, Answer, CacheSettings, Sampling, preset
 from minivlm.inputs.processor import ModelInputs
 
 QUESTION = "What is this?"
-SETTINGS = {
-    "full": CacheSettings(),
+SETTINGS: dict[str, CacheSettings] = {
+    "full": preset("full"),
     "avl": preset("avl", text=True, text_init_cache=4),
     "h2o": preset("h2o"),
     "fastv": preset("fastv"),
@@ -27,7 +27,7 @@ def endless_vlm(folder: Path, family: str = "next-vicuna", **text: object) -> VL
 
 def generated(vlm: VLM, inputs: ModelInputs, sampling: Sampling) -> list[int]:
     """The answer's tokens that model inputs yield with a fresh full cache: no text and no conversation."""
-    generation = vlm.generate(inputs, vlm.new_cache(CacheSettings()), sampling)
+    generation = vlm.generate(inputs, vlm.new_cache(SETTINGS["full"]), sampling)
     return [token for (token,) in generation]
 
 
