@@ -22,7 +22,6 @@ from minivlm.cache import accounting
 from minivlm.cache.buffers import choose_cores
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.policies import preset
-from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.generation.generate import Generation
 from minivlm.generation.sampling import Sampling
@@ -276,7 +275,7 @@ def test_transformers_is_timed_on_the_same_model(shape, tmp_path, kv_heads):
     for steps in (4, 5):
         assert [kind for kind, _ in peer.decode(steps)] == ["full"] * steps
     ids = peer._ids
-    cache = KVCache(model.config.text, CacheSettings().build(2), (0, 1))
+    cache = KVCache(model.config.text, preset("full").build(2), (0, 1))
     ours = Generation(model, cache, list(ids[:, :40]), [], Sampling(max_new_tokens=ids.shape[1] - 40, ignore_eos=True))
     for _ in ours:
         pass

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import paths
 import tiny
-from minivlm import VLM, CacheSettings, Sampling
+from minivlm import VLM, Sampling, preset
 from minivlm.inputs.processor import ModelInputs
 from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
@@ -69,7 +69,7 @@ def ours(model: Llava, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
     features = [result["packed"] for result in results if result]
     for result, logits in zip(results, prompt_logits(vlm, inputs, features), strict=True):
         result["logits"] = logits
-    cache = vlm.new_cache(CacheSettings(), range(len(prompts)))
+    cache = vlm.new_cache(preset("full"), range(len(prompts)))
     steps = list(vlm.generate(inputs, cache, Sampling(max_new_tokens=STEPS, ignore_eos=True)))
     for result, tokens in zip(results, torch.tensor(steps).T, strict=True):
         result["tokens"] = tokens
@@ -102,7 +102,7 @@ def batch(prompts: Sequence[Prompt]) -> ModelInputs:
 def prompt_logits(vlm: VLM, inputs: ModelInputs, features: Sequence[Tensor]) -> list[Tensor]:
     """The logits [S, V] at all positions of each prompt, from one prefill pass into a full cache."""
     prompts = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths, strict=True)]
-    cache = vlm.new_cache(CacheSettings(), range(len(prompts)))
+    cache = vlm.new_cache(preset("full"), range(len(prompts)))
     (prefill_pass,) = cache.prefill([ids == vlm.config.image_token_index for ids in prompts], 1)
     positions = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     hidden = vlm.model(vlm.model.embed(inputs.input_ids, features), positions, prefill_pass)  # [B, S, C]
