@@ -80,15 +80,15 @@ class PrefillPass:
         ]
         if self.later:
             out = torch.zeros_like(q)
-            for i, row in enumerate(columns):
-                out[i, :, : row.q.shape[1]] = attention.prefill_after(row.q[None], row.k[None], row.v[None])[0]
+            for i, each in enumerate(columns):
+                out[i, :, : each.q.shape[1]] = attention.prefill_after(each.q[None], each.k[None], each.v[None])[0]
         else:
             out = attention.prefill(q, k, v)
         counts = [self._plan(layer_idx, row) for row in range(len(self.all_plans))]
         buffers = self._allocate(layer_idx, counts, k)
         self._filter_scores = []
-        for i, row in enumerate(columns):
-            self._store(buffers, i, row)
+        for i, each in enumerate(columns):
+            self._store(buffers, i, each)
         buffers.list_core()
         return out
 
