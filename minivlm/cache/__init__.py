@@ -36,8 +36,7 @@ tokens of the answer, x: the slot of a victim, which the next token overwrites, 
 
 Evicting is overwriting: no entry moves and no shape changes, so a step can be one compiled graph. Fixed entries end at
 `tail_start`, which is the same slot in all rows, so that the tail can grow to the right; what is free to the left of
-them is slack. During an answer only the marks of the core change there. System stands to the right of vision, so that
-what a core step leaves out lies at one end.
+them is slack. During an answer only the marks of the core change there.
 
 Files, in the order to read them:
 
