@@ -113,18 +113,7 @@ def _add_run_flags(parser: Parser) -> None:
     _add_compile_flags(parser, default=True)
     parser.switch("largest_batch", help="also find each policy's largest batch that fits the GPU")
     parser.switch("profile", help="also show where the time of a prefill and of a decode step goes")
-    parser.flag(
-        "device",
-        default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="(auto: CUDA if there is a GPU)",
-    )
-    parser.flag(
-        "dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="(auto: the checkpoint's dtype on CUDA, float32 on the CPU)",
-    )
+    parser.device_flags()
     parser.flag("seed", type=int, default=0, help="seed of weights and prompts (0)")
     parser.flag(
         "json",

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from minivlm.app.policy_flags import given, parse_bool, spellings, without_effect
@@ -46,6 +47,11 @@ class Parser(argparse.ArgumentParser):
             metavar="DIR|HUB_ID",
             help="a checkpoint folder, or a repository on the Hugging Face hub (the bundled demo)",
         )
+        self.device_flags()
+        self.flag("seed", type=int, default=0, help="seed for everything random (0)")
+
+    def device_flags(self) -> None:
+        """Add the flags that say where a model computes, and in which dtype."""
         self.flag(
             "device",
             default="auto",
@@ -58,7 +64,11 @@ class Parser(argparse.ArgumentParser):
             choices=("auto", "float32", "bfloat16", "float16"),
             help="(auto: the checkpoint's dtype on CUDA, float32 on the CPU)",
         )
-        self.flag("seed", type=int, default=0, help="seed for everything random (0)")
+
+    def question_flags(self, images: str) -> None:
+        """Add `--image` and `--prompt`; `images` says what the images are for."""
+        self.flag("image", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help=images)
+        self.flag("prompt", metavar="TEXT", help="the question; <image> marks the place of an image")
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:

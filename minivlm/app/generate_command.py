@@ -92,16 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def add_question_flags(parser: Parser) -> None:
     """The flags that say what is asked."""
-    parser.flag(
-        "image",
-        nargs="+",
-        action="extend",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="images, in the order in which the prompt refers to them",
-    )
-    parser.flag("prompt", metavar="TEXT", help="the question; <image> marks the place of an image")
+    parser.question_flags("images, in the order in which the prompt refers to them")
     parser.switch(
         "chat",
         help="hold a conversation in one cache: --prompt first, then one question per line of "

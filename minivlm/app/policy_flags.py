@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
@@ -145,6 +146,8 @@ def load_policy_file(path: Path) -> dict[str, Preset]:
             f"--policy_file {path}: {settings.__name__} is no dataclass of its own "
             "(expected @dataclass(frozen=True, kw_only=True) before the class)"
         )
+    if inspect.isabstract(settings):
+        raise UserError(f"--policy_file {path}: {settings.__name__} has no method `build`")
     name = getattr(settings, "policy", None)
     if name is None or name in PRESETS:
         named = "has no name" if name is None else f"is called {name!r}, which is taken"

@@ -70,16 +70,7 @@ def add_flags(parser: Parser) -> None:
         metavar="IN.safetensors",
         help="the model's inputs: input_ids [1, S], pixel_values, for LLaVA-NeXT image_sizes (h, w)",
     )
-    parser.flag(
-        "image",
-        nargs="+",
-        action="extend",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="images for --prompt, instead of --inputs",
-    )
-    parser.flag("prompt", metavar="TEXT", help="the question; <image> marks the place of an image")
+    parser.question_flags("images for --prompt, instead of --inputs")
     parser.flag(
         "steps",
         type=int,

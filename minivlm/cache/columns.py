@@ -119,7 +119,7 @@ def choose_vision(
     scores = check_scores(selection.scores(candidates), (len(index),), selection, "scores")
     best = past + best_first(scores[past:], position[past:])[:count]
     kept = torch.cat((torch.arange(past, device=best.device), best.sort().values))
-    core_scores = check_scores(selection.core_scores(candidates), (len(index),), selection, "core_scores")
+    core_scores = check_scores(selection.core_scores(candidates, scores), (len(index),), selection, "core_scores")
     core_first = best_first(core_scores[kept], position[kept])
     core = torch.zeros_like(kept, dtype=torch.bool).index_fill_(0, core_first[: counts.core], True)
     return index[kept], core

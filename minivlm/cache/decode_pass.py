@@ -22,6 +22,10 @@ class DecodePass:
 
     def __init__(self, state: CacheState, kind: StepKind) -> None:
         self.state, self.kind = state, kind
+        self.position = state.position.int()  # [B, 1]
+        step = state.stored[:, None]  # [B, 1]
+        # For each distinct budget: entries used, whether one is evicted, first position that is protected; each [B, 1].
+        self.numbers = [[numbers.gather(1, step) for numbers in table] for table in state.tables]
 
     def survivors(self, layer_idx: int) -> None:
         """A step drops no hidden states."""
@@ -31,9 +35,7 @@ class DecodePass:
         """One token per row: q [B, H, 1, D], k and v [B, H_kv, 1, D] -> [B, H, 1, D]."""
         state, buffers = self.state, self.state.layers[layer_idx]
         budget = state.policy.budget_at(layer_idx)
-        table = state.tables[state.budget_group[layer_idx]]  # [3, B, steps]
-        step = state.stored[:, None]  # [B, 1]
-        used, evicts, protected_from = (numbers.gather(1, step) for numbers in table)  # each [B, 1]
+        used, evicts, protected_from = self.numbers[state.budget_group[layer_idx]]
 
         # 1. The token takes its slot.
         self._write(buffers, k, v)
@@ -59,7 +61,7 @@ class DecodePass:
         next_place = used.expand_as(buffers.write_slot)
         if budget is not None:
             assert weights is not None
-            entry = Entries(state.position[:, None].int().expand(k.shape[:3]), k, v)
+            entry = Entries(self.position[:, None].expand(k.shape[:3]), k, v)
             victim = self._victim(buffers, budget, weights[:, :, tail_start:], entry, used, protected_from)
             next_place = torch.where(evicts.bool(), victim, next_place)
         next_slot = buffers.layout.tail_start + next_place
@@ -76,7 +78,7 @@ class DecodePass:
         head = torch.arange(kv_heads, device=k.device)
         where = (row, head, buffers.write_slot)  # [B, H_kv]
         active = self.state.active[:, None]  # [B, 1]
-        buffers.position[where] = torch.where(active, self.state.position.int(), buffers.position[where])
+        buffers.position[where] = torch.where(active, self.position, buffers.position[where])
         for buffer, new in ((buffers.k, k), (buffers.v, v)):
             buffer[where] = torch.where(active[..., None], new[:, :, 0], buffer[where])
 

@@ -107,8 +107,11 @@ class VisionSelection(Protocol):
     def scores(self, candidates: Candidates) -> Tensor:
         """Scores [n] by which entries stay."""
 
-    def core_scores(self, candidates: Candidates) -> Tensor:
-        """Scores [n] by which the first core is chosen, of those that stay; at a refresh it is the step's attention."""
+    def core_scores(self, candidates: Candidates, scores: Tensor) -> Tensor:
+        """Scores [n] by which the first core is chosen, of those that stay by `scores`.
+
+        At a refresh the step's attention chooses.
+        """
 
 
 class TokenBudget(Protocol):

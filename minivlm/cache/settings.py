@@ -6,6 +6,7 @@ parts. Flags keep the spelling of the A-VL authors' code where they come from th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -23,7 +24,7 @@ def setting(default: Any, text: str, *, flag: str | None = None, value_type: typ
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSettings:
+class CacheSettings(ABC):
     """What the settings of all policies have in common; each policy's own class extends it.
 
     Raises `UserError` for values that are out of range.
@@ -39,9 +40,9 @@ class CacheSettings:
         if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
             raise UserError(f"--kv_budget is {self.kv_budget:g} (expected a share above 0, up to 1)")
 
+    @abstractmethod
     def build(self, num_layers: int) -> Policy:
         """The policy's parts for a decoder of `num_layers`; raises `UserError` if they do not fit it."""
-        raise NotImplementedError(f"{type(self).__name__} builds no policy")
 
     def notes(self, images: bool = True) -> list[str]:
         """A line for each setting that is legal but may surprise, on a prompt with or without images."""

@@ -121,7 +121,9 @@ def test_the_lines_of_the_registry(tova):
 
 
 HEAD = "from dataclasses import dataclass\nfrom minivlm.cache import CacheSettings, setting\n"
-CLASS = HEAD + "@dataclass(frozen=True, kw_only=True)\nclass Mine(CacheSettings):\n"
+CLASS = (
+    HEAD + "@dataclass(frozen=True, kw_only=True)\nclass Mine(CacheSettings):\n    def build(self, num_layers): ...\n"
+)
 NAMED = CLASS + "    policy: str = 'm'\n"
 # The text of a file, and what is said about it.
 REFUSED = {
@@ -134,6 +136,7 @@ REFUSED = {
         CLASS + "    policy: str = 'm'\n    help: int = setting(1, 'x')\n",
         "--help of --policy_file",
     ),
+    "no build": (CLASS.replace("def build", "def bild") + "    policy: str = 'm'\n", "Mine has no method `build`"),
     "two policies": (CLASS + "    policy: str = 'a'\nclass B(Mine): ...\n", "defines 2 subclasses of CacheSettings"),
     "a name that is taken": (CLASS + "    policy: str = 'avl'\n", "the policy is called 'avl', which is taken"),
     "no name": (

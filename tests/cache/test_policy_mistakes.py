@@ -134,7 +134,7 @@ class WrongVision(SmallVisionKeys):
         scores = super().scores(candidates)
         return scores.bfloat16() if self.mistake == "bfloat16" else scores
 
-    def core_scores(self, candidates):
+    def core_scores(self, candidates, scores):
         return None if self.mistake == "none" else candidates.attn
 
 

@@ -65,7 +65,7 @@ class SmallVisionKeys:
     def scores(self, candidates: Candidates) -> Tensor:
         return -candidates.keys.float().norm(dim=-1).mean(dim=0)
 
-    def core_scores(self, candidates: Candidates) -> Tensor:
+    def core_scores(self, candidates: Candidates, scores: Tensor) -> Tensor:
         return candidates.attn
 
 

@@ -42,7 +42,7 @@ class AdaptiveVision:
     def scores(self, candidates: Candidates) -> Tensor:
         return candidates.attn
 
-    def core_scores(self, candidates: Candidates) -> Tensor:
+    def core_scores(self, candidates: Candidates, scores: Tensor) -> Tensor:
         return candidates.attn
 
 

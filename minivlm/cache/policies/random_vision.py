@@ -23,8 +23,8 @@ class RandomVision(AdaptiveVision):
         generator = torch.Generator().manual_seed(number % 2**63)
         return torch.rand(candidates.attn.shape, generator=generator).to(candidates.attn.device)
 
-    def core_scores(self, candidates: Candidates) -> Tensor:
-        return self.scores(candidates)
+    def core_scores(self, candidates: Candidates, scores: Tensor) -> Tensor:
+        return scores
 
 
 @dataclass(frozen=True, kw_only=True)
