@@ -1,70 +1,166 @@
-"""Reading JSON files from outside, and writing files so that a failure never leaves half of one."""
+"""Files named by a user: reading only what is a file, and writing so that a failure never leaves half of one.
+
+A name may be anything: missing, a folder, a device or a FIFO (opening one would wait for its other end), a link to
+itself, too long for the system, not text. `open_file` turns each of these into one line, at once.
+"""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from minivlm.errors import UserError
 
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+_MAX_BYTES = 1 << 28  # of a file that is read whole; the largest tokenizers and data sets have a tenth of that
 
-def read_json_object(path: Path) -> dict:
-    """The object in a JSON file, or an empty one if there is no such file.
 
-    Raises `UserError` for a file that cannot be read or holds anything else.
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, opened for reading.
+
+    Raises `UserError` for anything else, without waiting: a FIFO or a device is not read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Opened without blocking, a FIFO does not wait for a writer. For a regular file this means nothing.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets nested too deeply
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__} (expected an object)")
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    kind = stat.S_IFMT(os.fstat(handle).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(handle)
+        raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')} (expected a file)")
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file. Raises `UserError` if it cannot be read or is enormous."""
+    with open_file(path) as file:
+        try:
+            content = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB (expected a small file)")
     return content
 
 
-def expect_writable(path: Path) -> None:
-    """Check that `write_whole` can create `path`; for use before long work whose result it takes.
+def exists(path: Path) -> bool:
+    """Whether there is anything of this name, a dangling link included.
 
-    Raises `UserError` if `path` is a folder, or if its parent folder is missing or cannot be
-    written.
+    False for names that the system cannot have (too long, with a zero byte).
     """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder (expected the name of a file to write)")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent} to write it into")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written (no permission for {path.parent})")
+    try:
+        os.lstat(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder or a link to one; false also for names that the system cannot have."""
+    return os.path.isdir(path)
+
+
+def expect_writable(path: Path) -> None:
+    """Check that `write_whole` can write `path`; for use before long work whose result it takes.
+
+    Raises `UserError` if `path` is a folder, if its parent folder is missing, or if one of them
+    cannot be written.
+    """
+    target, current = _target(path)
+    parent = target.parent
+    if current is None or stat.S_ISREG(current.st_mode):
+        if not is_folder(parent):
+            raise UserError(f"{path}: there is no folder {parent} to write it into")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"{path}: cannot be written (no permission for {parent})")
+    if current is not None and not os.access(target, os.W_OK):
+        raise UserError(f"{path}: cannot be written (no permission)")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write `path` completely or not at all.
 
-    `write` receives the path of a scratch file in the same folder. The scratch file replaces `path`
-    only if `write` succeeds. Raises `UserError` if the folder or the file cannot be written.
+    `write` receives the path of a scratch file with the same suffix, which then takes the place of
+    `path`, with the permissions that `path` has or that the umask gives to a new file. Through a
+    link, the file that it points to is written. What exists and is no regular file (a device, a
+    FIFO) is never replaced: the finished content is written into it. Raises `UserError` if that is
+    impossible.
     """
-    path = Path(path)
+    target, current = _target(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        os.chmod(name, 0o666 & ~_umask())  # as `open` would; mkstemp makes private files
+        if current is None or stat.S_ISREG(current.st_mode):
+            _write_beside(target, current, write)
+        else:
+            _write_into(target, write)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """Why the system refused a name or a file, in a few words."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(words.split()) or type(error).__name__
+
+
+def _target(path: Path) -> tuple[Path, os.stat_result | None]:
+    """The file that `path` stands for, behind all links, and its status; None for a file that is still to be made.
+
+    Raises `UserError` for a folder and for a name that the system cannot have.
+    """
     try:
-        write(Path(name))
-        os.replace(name, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        current = os.stat(path)
+    except FileNotFoundError:
+        return Path(os.path.realpath(path)), None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from None
+    if stat.S_ISDIR(current.st_mode):
+        raise UserError(f"{path}: is a folder (expected the name of a file to write)")
+    # What /dev/stdout points to may be a pipe, which has no name of its own.
+    return Path(os.path.realpath(path) if stat.S_ISREG(current.st_mode) else path), current
+
+
+def _write_beside(target: Path, current: os.stat_result | None, write: Callable[[Path], object]) -> None:
+    """Write a scratch file in the folder of `target`, and rename it."""
+    scratch = target.with_name(f".minivlm-{secrets.token_hex(8)}{target.suffix[:16]}")
+    os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    try:
+        # `write` may replace the scratch file by one of its own, with other permissions.
+        mode = stat.S_IMODE(scratch.stat().st_mode if current is None else current.st_mode)
+        write(scratch)
+        os.chmod(scratch, mode)
+        os.replace(scratch, target)
     finally:
-        Path(name).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _write_into(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a scratch file elsewhere, and copy it into a device or FIFO."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder) / f"content{target.suffix[:16]}"
+        write(scratch)
+        try:
+            # Without blocking, a FIFO that nobody reads is refused at once; written it is as usual.
+            handle = os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise OSError(error.errno, "nobody reads it") from None
+            raise
+        with os.fdopen(handle, "wb") as out, open(scratch, "rb") as content:
+            os.set_blocking(handle, True)
+            shutil.copyfileobj(content, out)

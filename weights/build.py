@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from minivlm.errors import UserError
-from minivlm.files import read_json_object
 from minivlm.generation.compile import missing_compiler
 from minivlm.generation.vlm import VLM
 from minivlm.inputs.processor import Processor
 from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
+from minivlm.schema import read_json_object
 from weights.find import find_checkpoint
 from weights.layout import match
 from weights.read import fill, read_headers

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.files import read_json_object
+from minivlm.schema import read_json_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

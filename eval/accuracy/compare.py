@@ -21,7 +21,7 @@ from eval.accuracy.run_folder import read_outcomes
 from eval.accuracy.run_spec import FORMAT
 from minivlm.app.cli import Parser
 from minivlm.errors import UserError
-from minivlm.files import read_json_object
+from minivlm.schema import read_json_object
 
 _DRAWS = 10_000
 _DRAWN_AT_ONCE = 1 << 20  # indices, a few megabytes

@@ -22,7 +22,7 @@ from typing import Any
 from eval.accuracy.outcomes import Outcome
 from eval.json_files import write_json
 from minivlm.errors import UserError
-from minivlm.files import read_json_object
+from minivlm.schema import read_json_object
 
 _BLOCKS = 64  # evenly spaced blocks of a large weights file that are hashed
 _BLOCK_BYTES = 1 << 16

@@ -29,9 +29,9 @@ from eval.accuracy.tasks import Task
 from eval.json_files import write_json
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
-from minivlm.files import read_json_object
 from minivlm.generation.answers import Answer, Request
 from minivlm.generation.sampling import Sampling
+from minivlm.schema import read_json_object
 
 _AHEAD = 2  # batches whose images are decoded, or being decoded, while the model answers
 

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.files import read_json_object
 from minivlm.inputs.images import ImageSettings, load_image, pixel_values
 from minivlm.inputs.templates import BUILT_IN, ChatTemplate, built_in
 from minivlm.inputs.tokenizer import Streamer, load_tokenizer, special_tokens
 from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
+from minivlm.schema import read_json_object
 
 _ANSWER = "\ue000minivlm-answer\ue001"  # stands for an answer; unlike anything in a text or template
 

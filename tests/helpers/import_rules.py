@@ -19,6 +19,7 @@ FOLDERS = ("minivlm", "weights", "eval", "scripts")
 LAYERS = (
     "minivlm.errors",
     "minivlm.files",
+    "minivlm.schema",
     "minivlm.model",
     "minivlm.inputs",
     "minivlm.cache",

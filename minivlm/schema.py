@@ -1,0 +1,70 @@
+"""JSON from outside, checked against a schema: the types of a `msgspec.Struct` and their bounds.
+
+A schema says what is read of a file; other keys are ignored. JSON has no NaN and no infinity, and
+numbers outside the range of a float are refused.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from minivlm.errors import UserError
+from minivlm.files import exists, read_bytes
+
+T = TypeVar("T")
+
+# Numbers, as fields of a schema. The bounds make infinity and NaN impossible also where a value did not come as JSON.
+_LARGEST = sys.float_info.max
+Positive = Annotated[float, Meta(gt=0, le=_LARGEST)]
+Finite = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
+
+
+def read_json(path: Path, schema: type[T]) -> T:
+    """The content of a JSON file. Raises `UserError` if it cannot be read or does not have the schema's form."""
+    return decode(read_bytes(path), schema, str(path))
+
+
+def read_optional_json(path: Path, schema: type[T]) -> T:
+    """As `read_json`; of a file that does not exist, the schema's defaults."""
+    return read_json(path, schema) if exists(path) else decode(b"{}", schema, str(path))
+
+
+def decode(data: bytes | str, schema: type[T], name: str) -> T:
+    """JSON as an object of the schema. Raises `UserError`, beginning with `name`, if it does not have its form."""
+    return _refusing(lambda: msgspec.json.decode(data, type=schema), name)
+
+
+def convert(content: Any, schema: type[T], name: str) -> T:
+    """Python's dictionaries, lists and numbers as an object of the schema; raises as `decode` does."""
+    return _refusing(lambda: msgspec.convert(content, schema), name)
+
+
+def _refusing(read: Callable[[], T], name: str) -> T:
+    try:
+        return read()
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: {_in_words(error)}") from None
+    except RecursionError:
+        raise UserError(f"{name}: not readable JSON (brackets are nested too deeply)") from None
+    except ValueError as error:  # malformed JSON, and text that is not UTF-8
+        raise UserError(f"{name}: not readable JSON ({error})") from None
+
+
+def _in_words(error: msgspec.ValidationError) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.text_config.vocab_size`", the place first and in plain words."""
+    what, _, place = str(error).replace("`", "").partition(" - at ")
+    place = re.sub(r"^(key in )?\$\.?", r"\1", place)
+    what = what[:1].lower() + what[1:]
+    return f"{place}: {what}" if place else what
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Transitional: goes when every reader has its schema."""
+    return read_optional_json(path, dict[str, Any])
