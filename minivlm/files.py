@@ -34,17 +34,15 @@ def open_file(path: Path) -> BinaryIO:
     Raises `UserError` for anything else, without waiting: a FIFO or a device is not read.
     """
     try:
-        # Opened without blocking, a FIFO does not wait for a writer. For a regular file this means nothing.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # A FIFO or a device is not even opened: that can release a waiting writer, or start the device.
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        if kind == stat.S_IFREG:
+            return open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    kind = stat.S_IFMT(os.fstat(handle).st_mode)
-    if kind != stat.S_IFREG:
-        os.close(handle)
-        raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')} (expected a file)")
-    return os.fdopen(handle, "rb")
+    raise UserError(f"{path}: is {_KINDS.get(kind, 'no file')} (expected a file)")
 
 
 def read_bytes(path: Path) -> bytes:
