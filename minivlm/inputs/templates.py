@@ -5,9 +5,9 @@ one, and one of the built-in templates below if not. Templates may use the helpe
 `apply_chat_template`: `raise_exception`, `strftime_now`, `tojson`, loop controls, and the
 `generation` tag, which marks answers for training and renders as its body.
 
-A template comes with a checkpoint from the internet, so it is not trusted. It is rendered in a
-sandbox that cannot reach Python's internals and that limits the number of steps, the length of the
-text and the size of products.
+A template comes with a checkpoint from the internet, so it is not trusted. It is rendered in Jinja's
+sandbox, which cannot reach Python's internals, and that in a process whose time and memory are
+limited, unless it is one of the templates known to be harmless.
 
 Templates disagree on what `message.content` is. Those of processors expect a list of parts,
 `{"type": "image"}` and `{"type": "text", "text": ...}`; those of text-only models expect a string.
@@ -16,20 +16,12 @@ Each template is tried once with an image to find out which one it expects.
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any
-
-from jinja2 import Undefined, nodes
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from minivlm.errors import UserError
+from minivlm.inputs.template_process import ProcessEnded, TemplateProcess
+from minivlm.inputs.template_sandbox import Template, TemplateFailure
 from minivlm.model.config import VLMConfig
 
 _VICUNA_TURNS = (
@@ -64,8 +56,15 @@ BUILT_IN = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
 }
-_MAX_CHARACTERS = 1 << 20  # of rendered text
-_MAX_STEPS = 100_000  # passes through bodies of loops and macros in one rendering
+_MAX_SOURCE = 1 << 18  # characters; the longest templates on the hub have about 20,000
+# SHA-256 of the sources of checkpoints' templates that were read and found harmless.
+_HARMLESS = frozenset(
+    {
+        "29df85936b11d289257f81fba7f7f78346b63c7610263e2fc39d3a639210a45e",  # weights/demo
+        "6fef09c05345e88b9f85e80bcb3491003332050750586568bdf91cfa81965d0c",  # llava-1.5-*-hf, llava-v1.6-vicuna-*-hf
+        "ac1751256d0e7c19dcbac63d0feebee11bf81b86015276d08ee8b1f9ba0a42bc",  # llava-v1.6-mistral-7b-hf
+    }
+)
 
 
 def built_in(config: VLMConfig, vocabulary: Mapping[str, int]) -> str:
@@ -95,11 +94,11 @@ class ChatTemplate:
         self._name = name
         self._image_token = image_token
         self._variables = dict(special_tokens)
-        self._environment = _Sandbox()
-        try:
-            self._template = self._environment.from_string(_counted(source, self._environment))
-        except Exception as error:  # a source that is not trusted can raise anything
-            raise self._failure(error) from None
+        if len(source) > _MAX_SOURCE:
+            raise UserError(
+                f"{name}: the chat template has {len(source)} characters, at most {_MAX_SOURCE} are allowed"
+            )
+        self._template = Template(source) if _is_known(source) else TemplateProcess(source)
         self._wants_parts = self._probe()
 
     def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
@@ -107,7 +106,10 @@ class ChatTemplate:
 
         Raises `UserError` for a malformed message, and if the template fails.
         """
-        return self._render([_checked(message) for message in messages], self._wants_parts, add_generation_prompt)
+        try:
+            return self._render([_checked(message) for message in messages], self._wants_parts, add_generation_prompt)
+        except TemplateFailure as failure:
+            raise self._in_words(failure) from None
 
     def _probe(self) -> bool:
         """Whether the template expects a list of parts as content."""
@@ -116,141 +118,44 @@ class ChatTemplate:
         for wants_parts in (True, False):
             try:
                 text = self._render([message], wants_parts, True)
-            except UserError as error:
-                failure = error
+            except TemplateFailure as failure:
+                error = self._in_words(failure)
+                if isinstance(failure, ProcessEnded):
+                    break  # it would only take as long again
                 continue
             if text.count(self._image_token) == 1 and text.count(word) == 1:
                 return wants_parts
-            failure = UserError(f"{self._name}: the chat template does not render an image and a text")
-        raise failure
+            error = UserError(f"{self._name}: the chat template does not render an image and a text")
+        raise error
 
     def _render(self, messages: Sequence[Mapping], wants_parts: bool, add_generation_prompt: bool) -> str:
         if not wants_parts:
             messages = [{**message, "content": self._as_text(message["content"])} for message in messages]
-        variables = {
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **self._variables,
-        }
-        pieces: list[str] = []
-        length = 0
-        self._environment.steps_left = _MAX_STEPS
-        try:
-            for piece in self._template.generate(messages=messages, **variables):
-                pieces.append(piece)
-                length += len(piece)
-                if length > _MAX_CHARACTERS:
-                    raise SecurityError(f"it renders more than {_MAX_CHARACTERS} characters")
-        except Exception as error:  # a template can make its helpers raise anything
-            raise self._failure(error) from None
-        return "".join(pieces)
+        return self._template.render(
+            {
+                "messages": messages,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **self._variables,
+            }
+        )
 
     def _as_text(self, parts: Sequence[Mapping]) -> str:
         """Parts as the string that a text-only template expects."""
         image = f"{self._image_token}\n"
         return "".join(image if part["type"] == "image" else part["text"] for part in parts)
 
-    def _failure(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    def _in_words(self, failure: TemplateFailure) -> UserError:
+        # A template chooses the words: they must not break the line or move a terminal's cursor.
+        words = " ".join(str(failure).split())[:200]
+        reason = "".join(character if character.isprintable() else "?" for character in words)
         return UserError(f"{self._name}: the chat template fails: {reason}")
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with Hugging Face's helpers and with limits on steps and products."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-        self.steps_left = 0
-        self.filters["tojson"] = _tojson
-        self.globals.update(raise_exception=_raise, strftime_now=_now, namespace=_Namespace, dict=_dict)
-
-    def take_step(self) -> None:
-        """Called on every pass through the body of a loop or macro; see `_counted`."""
-        self.steps_left -= 1
-        if self.steps_left < 0:
-            raise SecurityError(f"it takes more than {_MAX_STEPS} steps")
-
-    def unsafe_undefined(self, obj: object, attribute: str) -> Undefined:
-        # In Jinja's own sandbox, an unsafe attribute renders as nothing and fails only when it is
-        # used. Here the attempt is refused.
-        raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        # `'a' * 10**10` and `9 ** 9 ** 9` are short to write and exhaust memory.
-        if operator == "**":
-            raise SecurityError("** is not allowed")
-        for many, few in ((left, right), (right, left)):
-            if hasattr(many, "__len__") and isinstance(few, int) and len(many) * few > _MAX_CHARACTERS:
-                raise SecurityError(f"a product is longer than {_MAX_CHARACTERS}")
-        return super().call_binop(context, operator, left, right)
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja declares it so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-
-class _Namespace(Namespace):
-    """`namespace()` without underscore names, through which Python's internals could be reached."""
-
-    def __init__(self, **attributes: object) -> None:
-        super().__init__()
-        for name, value in attributes.items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: object) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace may not have the attribute {name!r}")
-        super().__setitem__(name, value)
-
-
-def _counted(source: str, environment: _Sandbox) -> nodes.Template:
-    """A parsed template, with a call of `take_step` at the beginning of each loop and macro body."""
-    tree = environment.parse(source)
-    bodies: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
-        *tree.find_all(nodes.For),
-        *tree.find_all(nodes.Macro),
-        *tree.find_all(nodes.CallBlock),
-    ]
-    for node in bodies:
-        # The call goes through an attribute of the environment, because a template can redefine any
-        # other name.
-        call = nodes.Call(nodes.EnvironmentAttribute("take_step"), [], [], None, None)
-        statement = nodes.ExprStmt(call, lineno=node.lineno)
-        statement.set_environment(environment)
-        node.body.insert(0, statement)
-    return tree
-
-
-def _raise(message: object) -> None:
-    raise TemplateError(str(message))
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _dict(*args: object, **kwargs: object) -> dict:
-    return dict(*args, **kwargs)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _is_known(source: str) -> bool:
+    digest = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
+    return source in BUILT_IN.values() or digest in _HARMLESS
 
 
 def _checked(message: Mapping) -> dict:

@@ -234,7 +234,7 @@ BOMBS = [
     "{% for a in [[[[]]]] recursive %}{{ loop(a) }}{{ loop([a, a]) }}{% endfor %}",
     "{{ 'a' * 10000000000 }}",
     "{{ 10000000000 * [1] }}",
-    "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** 9 ** 9 ** 9 }}",
     "{% set take_step = 1 %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}",
     "{{ raise_exception('on purpose') }}",
