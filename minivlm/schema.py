@@ -41,28 +41,34 @@ def decode(data: bytes | str, schema: type[T], name: str) -> T:
     return _refusing(lambda: msgspec.json.decode(data, type=schema), name)
 
 
-def convert(content: Any, schema: type[T], name: str) -> T:
-    """Python's dictionaries, lists and numbers as an object of the schema; raises as `decode` does."""
-    return _refusing(lambda: msgspec.convert(content, schema), name)
+def convert(content: Any, schema: type[T], name: str, section: str = "") -> T:
+    """JSON that was read before, as dictionaries, lists and numbers, as an object of the schema; raises as `decode`.
+
+    A message names the place of what is wrong; `section` is the place of `content` itself.
+    """
+    return _refusing(lambda: msgspec.convert(content, schema, str_keys=True), name, section)
 
 
-def _refusing(read: Callable[[], T], name: str) -> T:
+def _refusing(read: Callable[[], T], name: str, section: str = "") -> T:
     try:
         return read()
     except msgspec.ValidationError as error:
-        raise UserError(f"{name}: {_in_words(error)}") from None
+        raise UserError(f"{name}: {_in_words(error, section)}") from None
     except RecursionError:
         raise UserError(f"{name}: not readable JSON (brackets are nested too deeply)") from None
     except ValueError as error:  # malformed JSON, and text that is not UTF-8
         raise UserError(f"{name}: not readable JSON ({error})") from None
 
 
-def _in_words(error: msgspec.ValidationError) -> str:
+def _in_words(error: msgspec.ValidationError, section: str) -> str:
     """msgspec's "Expected `int`, got `str` - at `$.text_config.vocab_size`", the place first and in plain words."""
     what, _, place = str(error).replace("`", "").partition(" - at ")
-    place = re.sub(r"^(key in )?\$\.?", r"\1", place)
+    key, _, path = place.rpartition("$")  # "key in $.vocab" is a place too
+    path = f"{section}{path}".strip(".")
+    if missing := re.fullmatch(r"Object missing required field (.*)", what):
+        return f"{path}.{missing[1]}".strip(".") + " is missing"
     what = what[:1].lower() + what[1:]
-    return f"{place}: {what}" if place else what
+    return f"{key}{path}: {what}" if path or key else what
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
