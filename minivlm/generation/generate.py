@@ -15,17 +15,24 @@ from torch import Tensor
 from minivlm.cache import accounting
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.recorder import Observer
-from minivlm.generation.sampling import Sampling, choose_token
+from minivlm.errors import UserError
+from minivlm.generation.sampling import NOT_FINITE, Sampling, checked, choose_token
 from minivlm.generation.steps import DecodeStep, decode_step, prefill_step
 from minivlm.model.llava import Llava
+
+
+def _unexplained(tokens: Sequence[Sequence[int]]) -> UserError:
+    return UserError("the model's numbers are not finite")
 
 
 class Generation:
     """One turn: `input_ids` are the new tokens [S] of each sequence, `features` those of all their images, in order.
 
-    The prefill's time counts from `started` (`time.perf_counter`), for work done on the images before. `step` is
-    `decode_step`, or the same compiled, for which the cache has to be static. Raises `UserError` if the new tokens do
-    not fit the model's context.
+    is_vision holds a bool tensor [S] per sequence, which says where image tokens stand; None: wherever the id is the
+    image token's. The prefill's time counts from `started` (`time.perf_counter`), for work done on the images before.
+    `step` is `decode_step`, or the same compiled, for which the cache has to be static. Raises `UserError` if the new
+    tokens do not fit the model's context, and, here or while it is iterated, the error of `explain` if logits or
+    features are not finite: `explain` is called with the tokens so far of each sequence.
     """
 
     def __init__(
@@ -38,15 +45,18 @@ class Generation:
         observer: Observer | None = None,
         started: float | None = None,
         step: DecodeStep = decode_step,
+        is_vision: Sequence[Tensor] | None = None,
+        explain: Callable[[Sequence[Sequence[int]]], UserError] = _unexplained,
     ) -> None:
         self.model, self.cache, self.sampling = model, cache, sampling
         self.observer = observer
-        self._decode_step = step
+        self._decode_step, self._explain = step, explain
         self.tokens: list[list[int]] = [[] for _ in input_ids]  # per sequence, an end-of-sequence id included
         self.finish = ["length"] * len(input_ids)
         self.decode_s = 0.0
         self.stopped = False  # by `stop`
-        self.intact = True  # whether all layers of the cache hold the same tokens: not after an exception within a step
+        # Whether all layers of the cache hold the same tokens, and numbers: not after an exception within a step.
+        self.intact = True
 
         device = model.lm_head.weight.device
         stop = () if sampling.ignore_eos else model.config.eos_token_ids
@@ -55,9 +65,13 @@ class Generation:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
         started = time.perf_counter() if started is None else started
-        logits = prefill_step(model, cache, input_ids, features, sampling.max_new_tokens, observer)
-        self._first = choose_token(logits, sampling, self._generators)
-        self._first.tolist()  # waits for the device
+        logits = prefill_step(model, cache, input_ids, features, sampling.max_new_tokens, observer, is_vision)
+        self._first = self._choose(logits)
+        told = self._first[1]
+        for image in features:  # a policy may have dropped all that would show in the logits
+            told = checked(told, image.flatten())
+        if NOT_FINITE in told.tolist():  # waits for the device
+            raise explain(self.tokens)
         self.prefill_s = time.perf_counter() - started
 
         self.prompt_tokens = sum(len(ids) for ids in input_ids)
@@ -77,19 +91,23 @@ class Generation:
     @torch.no_grad()
     def __iter__(self) -> Iterator[list[int | None]]:
         """Yields each step's token per sequence, None for one that has finished."""
-        token, ahead = self._first, self._first.is_cuda
+        token, told = self._first
+        ahead = token.is_cuda
         room = [self.cache.config.context_length - sequence.length + 1 for sequence in self.cache.sequences]
         finished = [False] * len(room)
         for step in range(self.sampling.max_new_tokens):
             started = time.perf_counter()
             # On a GPU the next step is under way before the host reads this one's token; a CPU would only be delayed.
-            arriving = _to_host(token)
+            arriving = _to_host(told)
             following = self._step(token) if ahead and self.cache.steps < self.cache.max_steps else None
             new: list[int | None] = []
             for row, value in enumerate(arriving()):
                 if finished[row]:
                     new.append(None)
                     continue
+                if value == NOT_FINITE:
+                    self.intact = False
+                    raise self._explain(self.tokens)
                 new.append(value)
                 self.tokens[row].append(value)
                 stopped = not self.sampling.ignore_eos and value in self.model.config.eos_token_ids
@@ -100,16 +118,22 @@ class Generation:
             if self.stopped or all(finished) or step + 1 == self.sampling.max_new_tokens:
                 return
             started = time.perf_counter()
-            token = self._step(token) if following is None else following
+            token, told = self._step(token) if following is None else following
             self.decode_s += time.perf_counter() - started
 
-    def _step(self, token: Tensor) -> Tensor:
+    def _step(self, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed tokens [B]; what `_choose` says of the next."""
         self.intact = False
         logits = self._decode_step(self.model, self.cache, token, self._stop)
         if self.observer is not None:
             self.observer.stepped(self.cache)
         self.intact = True
-        return choose_token(logits, self.sampling, self._generators)
+        return self._choose(logits)
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens [B] for the model, and the same for the host, which is told where they are none."""
+        token = choose_token(logits, self.sampling, self._generators)
+        return token, checked(token, logits)
 
 
 def _to_host(token: Tensor) -> Callable[[], list[int]]:

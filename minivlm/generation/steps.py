@@ -34,16 +34,21 @@ def prefill_step(
     features: Sequence[Tensor],
     max_new_tokens: int,
     observer: Observer | None = None,
+    is_vision: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Prefill the new tokens [S] of each sequence, with the features of all their images, and return logits [B, V].
 
-    As many sequences go through the layers at once as make up `PREFILL_TOKENS`, which bounds the activations.
+    is_vision holds a bool tensor [S] per sequence, which says where image tokens stand; None: wherever the id is the
+    image token's. As many sequences go through the layers at once as make up `PREFILL_TOKENS`, which bounds the
+    activations.
     """
     device = model.lm_head.weight.device
-    is_vision = [ids.cpu() == model.config.image_token_index for ids in input_ids]
+    if is_vision is None:
+        is_vision = [ids == model.config.image_token_index for ids in input_ids]
     rows_at_once = max(1, PREFILL_TOKENS // max(len(ids) for ids in input_ids))
-    embeds = model.embed(pad_sequence(list(input_ids), batch_first=True).to(device), features)
-    passes = cache.prefill(is_vision, max_new_tokens, rows_at_once)
+    ids, mask = (pad_sequence(list(rows), batch_first=True).to(device) for rows in (input_ids, is_vision))
+    embeds = model.embed(ids, features, mask)
+    passes = cache.prefill([row.cpu() for row in is_vision], max_new_tokens, rows_at_once)
     logits = [prefill_logits(model, each, embeds[each.rows.start : each.rows.stop]) for each in passes]
     if observer is not None:
         observer.prefilled(cache, passes[0])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -18,6 +17,7 @@ from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.generation.answers import Answer, ImageSource, Request, Stream, stats_of
 from minivlm.generation.compile import compiled_blocks, compiled_decode_step, graph_limit
+from minivlm.generation.diagnosis import not_finite
 from minivlm.generation.generate import Generation
 from minivlm.generation.sampling import Sampling
 from minivlm.generation.steps import DecodeStep, decode_step
@@ -38,6 +38,7 @@ class VLM:
     def __init__(self, model: Llava, processor: Processor | None = None, *, compiled: bool = False) -> None:
         self.model = compiled_blocks(model) if compiled else model
         self.compiled = compiled
+        self._eager = model  # on the same parameters
         self._processor = processor
         self._step: DecodeStep = compiled_decode_step(self.device) if compiled else decode_step
         self.config = model.config
@@ -123,8 +124,12 @@ class VLM:
     def image_features(self, pixel_values: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Decoder inputs [N_i, C] of each image, as `Llava.image_features`.
 
-        Raises `UserError` for pixel values that are not of the checkpoint's shape.
+        Raises `UserError` for pixel values that are not of the checkpoint's shape, that are complex, or that are not
+        finite.
         """
+        return self.model.image_features(self._checked_pixels(pixel_values, image_sizes), image_sizes)
+
+    def _checked_pixels(self, pixel_values: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
         size, tiles = self.config.vision.image_size, 1 if self.config.is_next else 0
         if pixel_values.ndim != 4 + tiles or tuple(pixel_values.shape[-3:]) != (3, size, size):
             raise UserError(
@@ -133,27 +138,58 @@ class VLM:
             )
         if self.config.is_next and len(image_sizes) != len(pixel_values):
             raise UserError(f"image_sizes name {len(image_sizes)} images, pixel_values hold {len(pixel_values)}")
-        return self.model.image_features(pixel_values.to(self.device), image_sizes)
+        if pixel_values.is_complex():
+            raise UserError(f"pixel_values are complex numbers ({pixel_values.dtype}; expected real ones)")
+        if not pixel_values.isfinite().all():
+            raise UserError("pixel_values hold NaN or infinity (expected finite numbers)")
+        return pixel_values.to(self.device)
 
     @torch.no_grad()
     def generate(
-        self, inputs: ModelInputs, cache: KVCache, sampling: Sampling, observer: Observer | None = None
+        self,
+        inputs: ModelInputs,
+        cache: KVCache,
+        sampling: Sampling,
+        observer: Observer | None = None,
+        whole: Callable[[], ModelInputs] | None = None,
     ) -> Generation:
-        """Prefill a batch of model inputs into `cache` as its next turn; iterate over the result for the tokens."""
+        """Prefill a batch of model inputs into `cache` as its next turn; iterate over the result for the tokens.
+
+        Raises `UserError`, here or in an iteration, if the model's numbers are not finite. To find out where they
+        become so it needs all inputs so far: in a later turn, `whole` returns them.
+        """
         started = time.perf_counter()
-        rows = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths.tolist(), strict=True)]
         with graph_limit() if self.compiled else nullcontext():
-            features = (
-                [] if inputs.pixel_values is None else self.image_features(inputs.pixel_values, inputs.image_sizes)
+            input_ids, is_vision = inputs.rows()
+            return Generation(
+                self.model,
+                cache,
+                input_ids,
+                self._features(self.model, inputs),
+                sampling,
+                observer,
+                started,
+                self._step,
+                is_vision,
+                lambda answers: self._not_finite(inputs if whole is None else whole(), answers),
             )
-            return Generation(self.model, cache, rows, features, sampling, observer, started, self._step)
+
+    def _features(self, model: Llava, inputs: ModelInputs) -> list[Tensor]:
+        if inputs.pixel_values is None:
+            return []
+        return model.image_features(self._checked_pixels(inputs.pixel_values, inputs.image_sizes), inputs.image_sizes)
+
+    def _not_finite(self, inputs: ModelInputs, answers: Sequence[Sequence[int]]) -> UserError:
+        """Why the model gives no finite numbers for these inputs, followed by their answers so far."""
+        return not_finite(self._eager, *inputs.rows(), lambda: self._features(self._eager, inputs), answers)
 
 
 class Conversation:
     """Turns in one cache: what was said is neither computed nor tokenised again.
 
     A turn that is refused, or interrupted before its answer begins, is forgotten and the conversation can go on. Where
-    the cache was left half changed, the next turn computes the whole conversation anew.
+    the cache was left half changed, the next turn computes the whole conversation anew, from its tokens: the text of an
+    answer is never read again as a prompt.
     """
 
     def __init__(self, vlm: VLM, sampling: Sampling, settings: CacheSettings) -> None:
@@ -161,6 +197,8 @@ class Conversation:
         self.cache = vlm.new_cache(settings)
         self.messages: list[dict] = []
         self.images: list[Image.Image] = []  # of all turns
+        self._ids = torch.zeros(0, dtype=torch.int64)  # all that was said, image tokens included
+        self._is_vision = torch.zeros(0, dtype=torch.bool)  # which of them are image tokens
         self._last: Generation | None = None  # the turn that the cache ends with; None: nothing in it is of use
 
     def ask(self, prompt: str, images: Sequence[ImageSource] = ()) -> Stream:
@@ -172,21 +210,37 @@ class Conversation:
         loaded = [load_image(source) for source in images]
         message = processor.user_message(prompt, len(loaded))
         self._close_turn()
-        if self._last is None:
-            inputs = processor([processor.render([*self.messages, message])], [[*self.images, *loaded]])
-            self.cache.reset([0])
+        text = processor.next_turn(self.messages, message) if self.messages else processor.render([message])
+        turn = processor([text], [loaded], continues=bool(self.messages))
+        held = self._held()
+        # The template's end of a turn may be what the answer ended with; it is said once.
+        said = len(self._ids)
+        if said > held and torch.equal(self._ids[-1:], turn.input_ids[0, :1]):
+            said -= 1
+        ids = torch.cat((self._ids[:said], turn.input_ids[0]))
+        is_vision = torch.cat((self._is_vision[:said], turn.is_vision[0]))
+        all_images = [*self.images, *loaded]
+
+        def whole() -> ModelInputs:
+            return ModelInputs.of_rows([ids], [is_vision], *processor.pixels(all_images))
+
+        if held:
+            inputs = ModelInputs.of_rows([ids[held:]], [is_vision[held:]], turn.pixel_values, turn.image_sizes)
         else:
-            inputs = processor([processor.next_turn(self.messages, message)], [loaded], continues=True)
-            inputs = _after_unfed(inputs, self._last.unfed(0))
-            self._check_room(int(inputs.lengths[0]))
+            self.cache.reset([0])
+            inputs = whole()
+        self._check_room(held or said, len(ids))
+        turns = self.cache.num_turns
         last, self._last = self._last, None  # an interrupted prefill leaves the cache half changed,
         try:
-            self._last = self.vlm.generate(inputs, self.cache, self.sampling)
-        except UserError:  # a refused one leaves it as it was
-            self._last = last
+            self._last = self.vlm.generate(inputs, self.cache, self.sampling, whole=whole)
+        except UserError:
+            if self.cache.num_turns == turns:  # a refused one leaves it as it was
+                self._last = last
             raise
         self.messages = [*self.messages, message]
-        self.images = [*self.images, *loaded]
+        self.images = all_images
+        self._ids, self._is_vision = ids, is_vision
         return Stream(processor, self._last)
 
     def _close_turn(self) -> None:
@@ -194,24 +248,22 @@ class Conversation:
         if self._last is None:
             return
         if self.messages[-1]["role"] == "user":
+            answer = torch.tensor(self._last.tokens[0], dtype=torch.int64)
+            self._ids = torch.cat((self._ids, answer))
+            self._is_vision = torch.cat((self._is_vision, torch.zeros(len(answer), dtype=torch.bool)))
             text = self.vlm.processor.decode(self._last.tokens[0])
             self.messages = [*self.messages, {"role": "assistant", "content": text}]
         if not self._last.intact:
             self._last = None
 
-    def _check_room(self, new: int) -> None:
-        length = self.cache.sequences[0].length + int(self.cache.stored[0])
+    def _held(self) -> int:
+        """How many tokens of what was said the cache holds."""
+        return 0 if self._last is None else self.cache.sequences[0].length + int(self.cache.stored[0])
+
+    def _check_room(self, before: int, length: int) -> None:
         limit = self.vlm.config.text.context_length
-        if length + new > limit:
+        if length > limit:
             raise UserError(
-                f"the conversation is {length} tokens long and this turn takes {new}, the model's context is {limit} "
-                "(expected a shorter turn, or a new conversation)"
+                f"the conversation is {before} tokens long and this turn takes {length - before}, "
+                f"the model's context is {limit} (expected a shorter turn, or a new conversation)"
             )
-
-
-def _after_unfed(inputs: ModelInputs, unfed: list[int]) -> ModelInputs:
-    """A turn's inputs after the last answer's unfed token, unless the template's end of a turn begins with it."""
-    if not unfed or inputs.input_ids[0, :1].tolist() == unfed:
-        return inputs
-    ids = torch.cat((torch.tensor([unfed]), inputs.input_ids), dim=1)
-    return replace(inputs, input_ids=ids, lengths=inputs.lengths + len(unfed))

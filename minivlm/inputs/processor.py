@@ -7,7 +7,7 @@ in one point: each `<image>` placeholder is expanded in the *ids*, to as many im
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.errors import UserError
 from minivlm.inputs.images import ImageSettings, load_image, pixel_values
@@ -32,9 +33,31 @@ class ModelInputs:
     """A batch of prompts for the model. In sequence b, padding begins at position `lengths[b]`."""
 
     input_ids: Tensor  # [B, S] int64, right-padded, one id per image token
+    is_vision: Tensor  # [B, S] bool, where image tokens stand; ids do not tell, because a model can generate one too
     lengths: Tensor  # [B] int64
     pixel_values: Tensor | None  # float32, as `images.pixel_values` makes them; None without images
     image_sizes: list[anyres.Size]  # (height, width) of each image, in prompt order
+
+    @classmethod
+    def of_rows(
+        cls,
+        input_ids: Sequence[Tensor],
+        is_vision: Sequence[Tensor],
+        pixel_values: Tensor | None,
+        image_sizes: list[anyres.Size],
+    ) -> ModelInputs:
+        """The batch of sequences [S], each with the bool mask [S] of its image tokens."""
+        ids, mask = (pad_sequence(list(rows), batch_first=True) for rows in (input_ids, is_vision))
+        return cls(ids, mask, torch.tensor([len(row) for row in input_ids]), pixel_values, image_sizes)
+
+    def rows(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The ids [S] and the masks [S] of each sequence, without padding."""
+        lengths = self.lengths.tolist()
+        ids, masks = (
+            [row[:length] for row, length in zip(padded, lengths, strict=True)]
+            for padded in (self.input_ids, self.is_vision)
+        )
+        return ids, masks
 
 
 class Processor:
@@ -53,8 +76,6 @@ class Processor:
         self.image_settings = image_settings
         self.config = config
         self.image_token = image_token
-        # Padding is never attended to, so that its id may be any except the image token's.
-        self._pad_id = int(config.image_token_index == 0)
         around_text = tokenizer.encode("").tokens  # what the post-processor adds to every text
         self._bos = around_text[0] if around_text else None
 
@@ -144,30 +165,27 @@ class Processor:
         """
         if len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts came with {len(images)} lists of images")
-        flat = [load_image(image) for group in images for image in group]
-        sizes = [(image.height, image.width) for image in flat]
-        counts = iter([anyres.image_tokens(size, self.config) for size in sizes])
-        sequences = []
-        for prompt, group in zip(prompts, images, strict=True):
+        loaded = [[load_image(image) for image in group] for group in images]
+        limit = self.config.text.context_length
+        rows, masks = [], []
+        for prompt, group in zip(prompts, loaded, strict=True):
             ids = self._continued(prompt) if continues else self._encoded(prompt)
             placeholders = ids.count(self.config.image_token_index)
             if placeholders != len(group):
                 raise UserError(
                     f"the prompt has {placeholders} {self.image_token} placeholders for {len(group)} images"
                 )
-            sequences.append(self._expanded(ids, counts))
-        lengths = [len(sequence) for sequence in sequences]
-        longest = max(lengths, default=0)
-        limit = self.config.text.context_length
-        if longest > limit:
-            raise UserError(f"the prompt takes {longest} tokens, the model's context is {limit}")
-        padded = [sequence + [self._pad_id] * (longest - len(sequence)) for sequence in sequences]
-        return ModelInputs(
-            input_ids=torch.tensor(padded, dtype=torch.int64),
-            lengths=torch.tensor(lengths, dtype=torch.int64),
-            pixel_values=pixel_values(flat, self.image_settings, self.config) if flat else None,
-            image_sizes=sizes,
-        )
+            row, mask = self._expanded(ids, group)
+            if len(row) > limit:
+                raise UserError(f"the prompt takes {len(row)} tokens, the model's context is {limit}")
+            rows.append(row)
+            masks.append(mask)
+        return ModelInputs.of_rows(rows, masks, *self.pixels([image for group in loaded for image in group]))
+
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor | None, list[anyres.Size]]:
+        """The `pixel_values` and `image_sizes` of the images of all prompts, in order."""
+        sizes = [(image.height, image.width) for image in images]
+        return pixel_values(images, self.image_settings, self.config) if images else None, sizes
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -195,12 +213,14 @@ class Processor:
                 return ids[len(opening) :]
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _expanded(self, ids: Sequence[int], counts: Iterator[int]) -> list[int]:
-        """Ids with each image placeholder repeated as often as the next of `counts` says."""
-        expanded: list[int] = []
-        for token in ids:
-            expanded += [token] * (next(counts) if token == self.config.image_token_index else 1)
-        return expanded
+    def _expanded(self, ids: Sequence[int], images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Ids [S] with each placeholder repeated as often as its image has tokens, and the mask [S] of these."""
+        short = torch.tensor(ids, dtype=torch.int64)
+        is_placeholder = short == self.config.image_token_index
+        repeats = torch.ones_like(short)
+        counts = [anyres.image_tokens((image.height, image.width), self.config) for image in images]
+        repeats[is_placeholder] = torch.tensor(counts, dtype=torch.int64)
+        return short.repeat_interleave(repeats), is_placeholder.repeat_interleave(repeats)
 
 
 def _template_source(folder: Path, nested: Mapping) -> tuple[str | None, str]:

@@ -90,14 +90,17 @@ class Llava(nn.Module):
         lines = torch.cat((picture, newline), dim=1)  # [lines, columns + 1, C]
         return torch.cat((tiles[0], lines.flatten(0, 1)))
 
-    def embed(self, input_ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
+    def embed(self, input_ids: Tensor, features: Sequence[Tensor] = (), is_vision: Tensor | None = None) -> Tensor:
         """Embeddings [B, S, C] of ids [B, S], with `features` [N_i, C] in place of image tokens.
 
-        The features are those of all images of the batch, in order. Raises `UserError` if their
-        number is not that of the image tokens.
+        The features are those of all images of the batch, in order. `is_vision` (bool [B, S]) says
+        where image tokens stand; None: wherever the id is the image token's. A model can generate
+        that id too: then it stands for no image and has an embedding, as any other. Raises
+        `UserError` if the number of features is not that of the image tokens.
         """
         embeds = self.language_model.embed_tokens(input_ids)
-        is_vision = input_ids == self.config.image_token_index  # [B, S]
+        if is_vision is None:
+            is_vision = input_ids == self.config.image_token_index
         expected = sum(len(image_features) for image_features in features)
         if int(is_vision.sum()) != expected:
             raise UserError(f"the prompt has {int(is_vision.sum())} image tokens, the images make {expected}")

@@ -44,7 +44,8 @@ def test_a_conversation_is_one_long_prompt(tmp_path, family, pages):
         ids = torch.cat((ids, new_ids))
         images = images + new_images
         joint = vlm.processor([vlm.processor.question("x", len(images))], [images])  # for its pixels alone
-        inputs = ModelInputs(ids[None], torch.tensor([len(ids)]), joint.pixel_values, joint.image_sizes)
+        mask = ids == vlm.config.image_token_index
+        inputs = ModelInputs.of_rows([ids], [mask], joint.pixel_values, joint.image_sizes)
         assert answer.token_ids == generated(vlm, inputs, sampling)
         unfed = 1 if messages else 0  # the last token of the previous answer
         assert answer.stats.prompt_tokens == len(new_ids) + unfed
@@ -112,12 +113,12 @@ def raise_interrupt(*_: object) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 def test_a_conversation_survives_an_interruption_at_any_moment(vlm, pages, monkeypatch, name, where):
-    """After an exception within a layer the cache is half changed: the next turn computes everything from the text."""
+    """After an exception within a layer the cache is half changed: the next turn computes all tokens anew."""
     settings = SETTINGS[name]
     conversation = vlm.chat(sampling=Sampling(6), settings=settings)
-    finished(conversation.ask("One?", pages[:1]))
+    answers = [finished(conversation.ask("One?", pages[:1])).answer.token_ids]
+    images = [pages[:1], []]  # of the turns that are remembered
     mlp = vlm.model.language_model.layers[1].mlp
-    tokens_read: list[int] = []
 
     def interrupt(call: Callable[[], object]) -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -128,17 +129,22 @@ def test_a_conversation_survives_an_interruption_at_any_moment(vlm, pages, monke
         interrupt(lambda: conversation.ask("Two?", pages[1:]))
     else:
         tokens = iter(conversation.ask("Two?", pages[1:]).generation)
-        tokens_read = [next(tokens)[0], next(tokens)[0]]
+        answers.append([next(tokens)[0], next(tokens)[0]])
+        images.insert(1, pages[1:])
         interrupt(lambda: next(tokens))
-    last = finished(conversation.ask("Three?"))
+    last = finished(conversation.ask("Three?")).answer
 
-    fresh = vlm.chat(sampling=Sampling(6), settings=settings)
-    fresh.messages, fresh.images = conversation.messages[:-1], conversation.images
-    expected = finished(fresh.ask("Three?"))
-    assert last.answer.token_ids == expected.answer.token_ids
-    turns = 2 if where == "decode" else 1  # that are remembered, before the last one
-    roles = [message["role"] for message in conversation.messages]
-    assert roles == ["user", "assistant"] * turns + ["user"]
-    assert len(conversation.images) == turns
-    if where == "decode":
-        assert conversation.messages[3]["content"] == vlm.processor.decode(tokens_read)
+    messages = conversation.messages
+    assert [message["role"] for message in messages] == ["user", "assistant"] * len(answers) + ["user"]
+    assert [message["content"] for message in messages[1::2]] == [vlm.processor.decode(tokens) for tokens in answers]
+    assert len(conversation.images) == len(answers)
+    ids, is_vision = [], []
+    for i, new_images in enumerate(images):
+        turn = turn_ids(vlm, messages[: 2 * i], messages[2 * i], new_images)
+        answer = torch.tensor(answers[i] if i < len(answers) else [], dtype=torch.int64)
+        ids += [turn, answer]
+        is_vision += [turn == vlm.config.image_token_index, torch.zeros(len(answer), dtype=torch.bool)]
+    whole = ModelInputs.of_rows([torch.cat(ids)], [torch.cat(is_vision)], *vlm.processor.pixels(conversation.images))
+    expected = vlm.generate(whole, vlm.new_cache(settings), Sampling(6))
+    assert last.token_ids == [token for (token,) in expected]
+    assert last.stats.prompt_tokens == len(whole.input_ids[0])

@@ -65,7 +65,7 @@ def ours(model: Llava, prompts: Sequence[Prompt]) -> list[dict[str, Tensor]]:
     """What this library computes: one dict per prompt, with the prompts run as one ragged, right-padded batch."""
     results = [image_results(model, prompt) for prompt in prompts]
     vlm = VLM(model)
-    inputs = batch(prompts)
+    inputs = batch(prompts, vlm.config.image_token_index)
     features = [result["packed"] for result in results if result]
     for result, logits in zip(results, prompt_logits(vlm, inputs, features), strict=True):
         result["logits"] = logits
@@ -88,22 +88,23 @@ def image_results(model: Llava, prompt: Prompt) -> dict[str, Tensor]:
     }
 
 
-def batch(prompts: Sequence[Prompt]) -> ModelInputs:
+def batch(prompts: Sequence[Prompt], image_token: int) -> ModelInputs:
     """A batch as the processor lays it out: ids are padded at the right, and images with tiles of zeros."""
     pixels = [image for prompt in prompts if prompt.pixels is not None for image in prompt.pixels]
-    return ModelInputs(
-        input_ids=pad_sequence([prompt.ids for prompt in prompts], batch_first=True),
-        lengths=torch.tensor([len(prompt.ids) for prompt in prompts]),
-        pixel_values=pad_sequence(pixels, batch_first=True) if pixels else None,
-        image_sizes=[size for prompt in prompts for size in prompt.sizes],
+    ids = [prompt.ids for prompt in prompts]
+    return ModelInputs.of_rows(
+        ids,
+        [row == image_token for row in ids],
+        pad_sequence(pixels, batch_first=True) if pixels else None,
+        [size for prompt in prompts for size in prompt.sizes],
     )
 
 
 def prompt_logits(vlm: VLM, inputs: ModelInputs, features: Sequence[Tensor]) -> list[Tensor]:
     """The logits [S, V] at all positions of each prompt, from one prefill pass into a full cache."""
-    prompts = [ids[:length] for ids, length in zip(inputs.input_ids, inputs.lengths, strict=True)]
+    prompts, is_vision = inputs.rows()
     cache = vlm.new_cache(preset("full"), range(len(prompts)))
-    (prefill_pass,) = cache.prefill([ids == vlm.config.image_token_index for ids in prompts], 1)
+    (prefill_pass,) = cache.prefill(is_vision, 1)
     positions = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     hidden = vlm.model(vlm.model.embed(inputs.input_ids, features), positions, prefill_pass)  # [B, S, C]
     return [vlm.model.lm_head(states[: len(ids)]) for states, ids in zip(hidden, prompts, strict=True)]
