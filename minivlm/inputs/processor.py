@@ -19,11 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.errors import UserError
 from minivlm.inputs.images import ImageSettings, load_image, pixel_values
+from minivlm.inputs.processor_files import ProcessorFile, image_settings, template_source
 from minivlm.inputs.templates import BUILT_IN, ChatTemplate, built_in
-from minivlm.inputs.tokenizer import Streamer, load_tokenizer, special_tokens
+from minivlm.inputs.token_settings import TokenSettings
+from minivlm.inputs.tokenizer import Streamer, load_tokenizer
 from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
-from minivlm.schema import read_json_object
 
 _ANSWER = "\ue000minivlm-answer\ue001"  # stands for an answer; unlike anything in a text or template
 
@@ -87,23 +88,19 @@ class Processor:
         with None, the checkpoint decides. Raises `UserError`, naming the file and the key at fault.
         """
         folder = Path(folder)
-        nested = read_json_object(folder / "processor_config.json")
-        tokens = special_tokens(folder)
+        file = ProcessorFile.from_folder(folder)
+        tokens = TokenSettings.from_folder(folder).texts
         tokenizer = load_tokenizer(folder)
-        image_token = tokens.get("image_token") or nested.get("image_token") or "<image>"
-        image_id = tokenizer.token_to_id(image_token)
-        if image_id != config.image_token_index:
-            raise UserError(
-                f"{folder}: the tokenizer's id of {image_token} is {image_id}, "
-                f"config.json's image_token_index is {config.image_token_index}"
-            )
-        source, name = _template_source(folder, nested)
+        vocabulary = tokenizer.get_vocab()
+        image_token = tokens.get("image_token") or file.image_token_text or "<image>"
+        _check_ids(folder, tokenizer, vocabulary, image_token, config)
+        source, name = template_source(folder, file)
         if source is None:
-            built_in_name = built_in(config, tokenizer.get_vocab())
+            built_in_name = built_in(config, vocabulary)
             source = BUILT_IN[built_in_name]
             name = f"built-in template {built_in_name}"
         template = ChatTemplate(source, name, image_token, tokens)
-        return cls(tokenizer, template, _image_settings(folder, nested, config, pad_to_square), config, image_token)
+        return cls(tokenizer, template, image_settings(folder, file, config, pad_to_square), config, image_token)
 
     def render(self, messages: Sequence[Mapping]) -> str:
         """The prompt for the assistant's next answer, as the chat template writes it.
@@ -223,49 +220,18 @@ class Processor:
         return short.repeat_interleave(repeats), is_placeholder.repeat_interleave(repeats)
 
 
-def _template_source(folder: Path, nested: Mapping) -> tuple[str | None, str]:
-    """(source, file name) of the checkpoint's chat template; the source is None if there is none.
-
-    The files are searched in the order in which transformers searches them.
-    """
-    if nested.get("chat_template") is not None:
-        source = _default_template(nested["chat_template"], folder / "processor_config.json")
-        return source, "processor_config.json"
-    legacy = read_json_object(folder / "chat_template.json")
-    if legacy:
-        source = _default_template(legacy.get("chat_template"), folder / "chat_template.json")
-        return source, "chat_template.json"
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), path.name
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as text ({error})") from None
-    template = read_json_object(folder / "tokenizer_config.json").get("chat_template")
-    if template is None:
-        return None, "tokenizer_config.json"
-    return _default_template(template, folder / "tokenizer_config.json"), "tokenizer_config.json"
-
-
-def _default_template(template: object, path: Path) -> str:
-    """The source of a template, which is a text, or the one named `default` among several."""
-    if isinstance(template, list):
-        template = {each.get("name"): each.get("template") for each in template if isinstance(each, Mapping)}
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not isinstance(template, str):
-        raise UserError(f"{path}: chat_template is not a text and has no template named default")
-    return template
-
-
-def _image_settings(folder: Path, nested: Mapping, config: VLMConfig, pad_to_square: bool | None) -> ImageSettings:
-    """Image settings from `processor_config.json` (new checkpoints) or `preprocessor_config.json`."""
-    name = "processor_config.json: image_processor"
-    raw = nested.get("image_processor")
-    if raw is None:
-        name = "preprocessor_config.json"
-        raw = read_json_object(folder / name)
-    if not isinstance(raw, Mapping) or not raw:
-        expected = "expected preprocessor_config.json, or image_processor in processor_config.json"
-        raise UserError(f"{folder}: no image settings ({expected})")
-    return ImageSettings.from_dict(raw, config, name, pad_to_square)
+def _check_ids(
+    folder: Path, tokenizer: Tokenizer, vocabulary: Mapping[str, int], image_token: str, config: VLMConfig
+) -> None:
+    """Refuse a tokenizer that means another image token than the model, or has ids that the model has not."""
+    image_id = vocabulary.get(image_token)
+    if image_id != config.image_token_index:
+        raise UserError(
+            f"{folder}: the tokenizer's id of {image_token} is {image_id}, "
+            f"config.json's image_token_index is {config.image_token_index}"
+        )
+    largest = max([*vocabulary.values(), *tokenizer.encode("").ids])  # the latter need not be in the vocabulary
+    if largest >= config.text.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has the id {largest}, config.json's vocab_size is {config.text.vocab_size}"
+        )

@@ -15,53 +15,40 @@ has no effect if there is a `tokenizer.json`.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+import msgspec
+from msgspec.structs import replace
 from tokenizers import AddedToken, Tokenizer
 
 from minivlm.errors import UserError
-from minivlm.schema import read_json_object
+from minivlm.inputs import tokenizer_file as form
+from minivlm.inputs.token_settings import NamedToken, TokenSettings
+from minivlm.schema import read_json, read_optional_json
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-def special_tokens(folder: Path) -> dict[str, str]:
-    """The tokens that a checkpoint names: `bos_token`, `eos_token`, ..., and perhaps `image_token`."""
-    settings = _token_settings(folder)
-    named = {key: _content(value) for key, value in settings.items() if key.endswith("_token")}
-    return {key: value for key, value in named.items() if value is not None}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer, without truncation and padding.
 
-    Raises `UserError` if it is missing or broken.
+    Raises `UserError` if it is missing or broken, or consists of parts that tokenizers of LLaMA-like
+    models do not have.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a tokenizer in the `tokenizers` format)")
-    settings = _token_settings(folder)
+    file = read_json(path, form.TokenizerFile)
+    settings = TokenSettings.from_folder(folder)
+    if _is_rebuilt(folder, file, settings):
+        file = _rebuilt(file, settings)
     try:
-        if _is_rebuilt(path, settings):
-            tokenizer = Tokenizer.from_str(json.dumps(_rebuilt(read_json_object(path), settings)))
-        else:
-            tokenizer = Tokenizer.from_file(str(path))
-    except UserError:
-        raise
+        # Written anew, the file holds nothing but what was checked.
+        tokenizer = Tokenizer.from_str(msgspec.json.encode(file).decode())
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"{path}: not a valid tokenizer ({' '.join(str(error).split())})") from None
-    try:
-        tokenizer.add_tokens(_tokens_to_add(settings, tokenizer))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder / 'tokenizer_config.json'}: its added or special tokens are malformed ({error!r})"
-        ) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer.add_tokens(_tokens_to_add(settings, tokenizer))
     return tokenizer
 
 
@@ -110,106 +97,68 @@ class Streamer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _token_settings(folder: Path) -> dict:
-    """`tokenizer_config.json`; an old one is completed from `special_tokens_map.json`."""
-    settings = read_json_object(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:
-        settings.update(read_json_object(folder / "special_tokens_map.json"))
-    extra = settings.get("extra_special_tokens")
-    if isinstance(extra, Mapping):  # named tokens, such as image_token
-        settings.update(extra)
-    return settings
+class _ModelType(msgspec.Struct):
+    model_type: str | None = None
 
 
-def _is_rebuilt(path: Path, settings: Mapping) -> bool:
+def _is_rebuilt(folder: Path, file: form.TokenizerFile, settings: TokenSettings) -> bool:
     """Whether transformers would rebuild this tokenizer; the module's docstring says when."""
-    if str(settings.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer":
+    if (settings.tokenizer_class or "").removesuffix("Fast") != "LlamaTokenizer":
         return False
-    if read_json_object(path.parent / "config.json").get("model_type") in ("llava", "llava_next"):
+    if read_optional_json(folder / "config.json", _ModelType).model_type in ("llava", "llava_next"):
         return False
-    raw = read_json_object(path)
-    return '"ByteLevel"' not in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+    return not file.is_byte_level
 
 
-def _rebuilt(raw: dict, settings: Mapping) -> dict:
+def _rebuilt(file: form.TokenizerFile, settings: TokenSettings) -> form.TokenizerFile:
     """A `tokenizer.json`, changed as transformers' LlamaTokenizer changes it."""
-    model = raw["model"]
     # Where a word boundary is put before a text that does not begin with a space.
-    spaced = settings.get("add_prefix_space") is not False
+    spaced = settings.add_prefix_space is not False
+    scheme: Literal["never", "always", "first"] = "always" if settings.legacy else "first"
     if not spaced:
         scheme = "never"
-    elif settings.get("legacy"):
-        scheme = "always"
-    else:
-        scheme = "first"
-    decoders = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
+    decoders: list[form.Decoder] = [
+        form.Replace(pattern=form.String("▁"), content=" "),
+        form.ByteFallback(),
+        form.Fuse(),
     ]
     if spaced:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {
-        **raw,
-        "added_tokens": [] if "added_tokens_decoder" in settings else raw["added_tokens"],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": "▁",
-            "prepend_scheme": scheme,
-            "split": False,
-        },
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": model["vocab"],
-            "merges": model["merges"],
-        },
-    }
+        decoders.append(form.Strip(content=" ", start=1, stop=0))
+    return replace(
+        file,
+        added_tokens=file.added_tokens if settings.added_tokens_decoder is None else [],
+        normalizer=None,
+        pre_tokenizer=form.Metaspace(replacement="▁", prepend_scheme=scheme, split=False),
+        decoder=form.Decoders(decoders=decoders),
+        model=form.BPE(vocab=file.model.vocab, merges=file.model.merges, fuse_unk=True, byte_fallback=True),
+    )
 
 
-def _tokens_to_add(settings: Mapping, tokenizer: Tokenizer) -> list[AddedToken]:
+def _tokens_to_add(settings: TokenSettings, tokenizer: Tokenizer) -> list[AddedToken]:
     """The tokens of `added_tokens_decoder`, then named tokens that the tokenizer lacks.
 
     A token with a name (`bos_token`, `pad_token`, ...) is always special, whatever the entry that
     adds it says. The order of the result decides the ids of new tokens; it is that of transformers.
     """
-    # 1) The named tokens, by their text: the usual names first, then the checkpoint's own.
-    named = {}
-    own = [key for key in settings if key.endswith("_token") and key not in _NAMED]
-    for key in (*_NAMED, *own):
-        if _content(settings.get(key)) is not None:
-            named[_content(settings[key])] = settings[key]
+    # 1) The named tokens, by their text.
+    named = {token.content: token for token in settings.named.values()}
     # 2) The tokens that the settings list, in the order of their ids.
-    entries = settings.get("added_tokens_decoder") or {}
-    tokens = []
-    for _, token in sorted(entries.items(), key=lambda entry: int(entry[0])):
-        tokens.append(_added(token, token.get("special", False) or token["content"] in named))
+    entries = sorted((settings.added_tokens_decoder or {}).items())
+    tokens = [_added(token, token.special or token.content in named) for _, token in entries]
     listed = {token.content for token in tokens}
     # 3) Tokens that the file has but does not mark as special, although they have a name.
-    for token in tokenizer.get_added_tokens_decoder().values():
+    in_file = tokenizer.get_added_tokens_decoder().values()
+    for token in in_file:
         if token.content in named and token.content not in listed and not token.special:
             token.special = True
             tokens.append(token)
     # 4) Named and additional tokens that are nowhere yet.
-    known = listed | {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    missing = [*named.values(), *(extra if isinstance(extra, list) else ())]
-    return tokens + [_added(token, True) for token in missing if _content(token) not in known]
+    known = listed | {token.content for token in in_file}
+    missing = [*named.values(), *settings.additional]
+    return tokens + [_added(token, True) for token in missing if token.content not in known]
 
 
-def _added(token: object, special: bool) -> AddedToken:
-    """A token to add, from its text or from a dictionary with its flags."""
-    given = token if isinstance(token, Mapping) else {}
+def _added(token: NamedToken, special: bool) -> AddedToken:
     names = ("lstrip", "rstrip", "normalized", "single_word")
-    flags = {name: given[name] for name in names if name in given}
-    return AddedToken(_content(token), special=special, **flags)
-
-
-def _content(token: object) -> str | None:
-    """A token's text, whether it is written as a string or as the dictionary of an AddedToken."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+    flags = {name: getattr(token, name) for name in names if getattr(token, name) is not msgspec.UNSET}
+    return AddedToken(token.content, special=special, **flags)

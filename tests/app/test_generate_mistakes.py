@@ -156,7 +156,7 @@ BAD_CHECKPOINTS = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ("no tokenizer.json",)),
     "damaged tokenizer": (
         lambda f: (f / "tokenizer.json").write_text("{}"),
-        ("tokenizer.json", "not a valid tokenizer"),
+        ("tokenizer.json", "model is missing"),
     ),
     "escaping template": (
         lambda f: tiny.dump(f / "chat_template.json", {"chat_template": _ESCAPE}),
