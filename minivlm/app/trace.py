@@ -12,6 +12,7 @@ from torch import Tensor
 from minivlm.cache.recorder import Recorder
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
+from minivlm.generation.diagnosis import not_finite
 from minivlm.generation.steps import decode_step, prefill_step
 from minivlm.generation.vlm import VLM
 
@@ -33,8 +34,8 @@ def trace(
 
     Returns tokens [steps] int32, logits [steps, V] float32, fate [L, H_kv, S + steps - 1] int16
     and, where the policy has them, vision_kept [L, K], core_steps [U] and core [U, L, C]. `tokens`
-    is always the argmax of `logits`. Raises `UserError` if the answer exceeds the model's context
-    or `forced` is too short.
+    is always the argmax of `logits`. Raises `UserError` if the answer exceeds the model's context,
+    `forced` is too short, or logits are not finite.
     """
     context_length = vlm.config.text.context_length
     if len(ids) + steps - 1 > context_length:
@@ -53,7 +54,13 @@ def trace(
         recorder.stepped(cache)
 
     all_logits = torch.cat(logits).float().cpu()  # [steps, V]
-    return {"tokens": all_logits.argmax(dim=-1).int(), "logits": all_logits} | _recorded(recorder)
+    tokens = all_logits.argmax(dim=-1)
+    finite = all_logits.isfinite().all(dim=-1)  # [steps]
+    if not finite.all():
+        fed = (tokens if forced is None else forced)[: int(finite.int().argmin())]
+        is_vision = ids == vlm.config.image_token_index
+        raise not_finite(vlm.model, [ids], [is_vision], lambda: features, [fed.tolist()])
+    return {"tokens": tokens.int(), "logits": all_logits} | _recorded(recorder)
 
 
 def _recorded(recorder: Recorder) -> dict[str, Tensor]:

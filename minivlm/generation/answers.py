@@ -9,7 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from minivlm.cache import accounting
+from minivlm.errors import UserError
 from minivlm.generation.generate import Generation
+from minivlm.generation.sampling import expect_integer
 from minivlm.inputs.processor import Processor
 
 ImageSource = str | Path | Image.Image
@@ -19,12 +21,18 @@ ImageSource = str | Path | Image.Image
 class Request:
     """A question about images, not yet rendered.
 
-    `<image>` in the prompt says where an image stands; without it the images come first.
+    `<image>` in the prompt says where an image stands; without it the images come first. Raises `UserError` for a
+    prompt that is no text and a sample number that is no integer.
     """
 
     prompt: str
     images: Sequence[ImageSource] = ()
     sample: int = 0  # its number: with the seed it decides all that is random about it
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise UserError(f"prompt is {self.prompt!r} (expected a text)")
+        expect_integer("sample", self.sample)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ def not_finite(
 ) -> UserError:
     """The error that names the first stage of `model` whose output is not finite.
 
-    Each sequence has ids [S], the bool mask [S] of its image tokens, and an answer so far. `features` returns those of
-    all images, by `model`. The model must not be compiled: its stages are watched by hooks.
+    Each sequence has ids [S], the bool mask [S] of its image tokens, and an answer so far; without any sequence only
+    the images are looked at. `features` returns those of all images, by `model`, which must not be compiled: its stages
+    are watched by hooks.
     """
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     remedy = "dtype bfloat16 or float32" if dtype == "float16" else "a checkpoint whose numbers stay finite"
@@ -75,7 +76,9 @@ def _run(
         images = features()
         newline = [model.image_newline] if model.config.is_next else []
         for image in images:
-            _expect_finite("the image features", image, newline)
+            _expect_finite("the image features (image_newline)", image, newline)
+        if not input_ids:
+            return
         ids, mask = (torch.cat(list(rows))[None].to(device) for rows in (input_ids, is_vision))
         prompts = model.embed(ids, images, mask)[0].split([len(row) for row in input_ids])
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -97,7 +100,7 @@ def _stages(model: Llava) -> Iterator[tuple[str, nn.Module]]:
     for i, layer in enumerate(decoder.layers):
         yield f"layer {i} of the decoder", layer
     yield "the decoder's last norm", decoder.norm
-    yield "the logits", model.lm_head
+    yield "the head that gives the logits", model.lm_head
 
 
 def _watch(stage: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -124,12 +124,17 @@ class VLM:
     def image_features(self, pixel_values: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Decoder inputs [N_i, C] of each image, as `Llava.image_features`.
 
-        Raises `UserError` for pixel values that are not of the checkpoint's shape, that are complex, or that are not
-        finite.
+        Raises `UserError` for pixel values that are not of the checkpoint's shape, that are complex or not finite, and
+        for features that are not finite.
         """
-        return self.model.image_features(self._checked_pixels(pixel_values, image_sizes), image_sizes)
+        pixels = self._checked_pixels(pixel_values, image_sizes)
+        features = self.model.image_features(pixels, image_sizes)
+        if not all(image.isfinite().all() for image in features):
+            raise not_finite(self._eager, [], [], lambda: self._eager.image_features(pixels, image_sizes), [])
+        return features
 
     def _checked_pixels(self, pixel_values: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Pixel values of any real type as float32, on the model's device."""
         size, tiles = self.config.vision.image_size, 1 if self.config.is_next else 0
         if pixel_values.ndim != 4 + tiles or tuple(pixel_values.shape[-3:]) != (3, size, size):
             raise UserError(
@@ -140,9 +145,10 @@ class VLM:
             raise UserError(f"image_sizes name {len(image_sizes)} images, pixel_values hold {len(pixel_values)}")
         if pixel_values.is_complex():
             raise UserError(f"pixel_values are complex numbers ({pixel_values.dtype}; expected real ones)")
-        if not pixel_values.isfinite().all():
+        pixels = pixel_values.float()
+        if not pixels.isfinite().all():
             raise UserError("pixel_values hold NaN or infinity (expected finite numbers)")
-        return pixel_values.to(self.device)
+        return pixels.to(self.device)
 
     @torch.no_grad()
     def generate(
