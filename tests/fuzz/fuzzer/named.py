@@ -1,0 +1,3 @@
+from __future__ import annotations
+from fuzzer.case import Family
+NAMED: dict[str, Family] = {}
