@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minivlm.cache.recorder import HELD, Recorder
 from minivlm.errors import UserError
-from minivlm.inputs.images import ImageSettings, to_rgb
+from minivlm.inputs.image_settings import ImageSettings
 from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
 
@@ -228,7 +228,7 @@ def _image_panels(
 
     LLaVA-1.5 has a single view, so that there all panels stand in one line.
     """
-    page = _enlarged(to_rgb(image))
+    page = _enlarged(image)
     zoom = (page.width / image.width, page.height / image.height)
     views = {"page": slice(0, len(boxes))}
     if config.is_next:

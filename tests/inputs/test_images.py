@@ -3,23 +3,21 @@
 import hashlib
 import itertools
 import random
-import struct
-import zlib
 
 import pytest
 import torch
 from PIL import Image, ImageOps
 
 from minivlm.errors import UserError
-from minivlm.inputs.images import ImageSettings, load_image, pixel_values, to_rgb
+from minivlm.inputs.images import ImageSettings, load_image, pixel_values
 from minivlm.model.config import VLMConfig
 
 # fmt: off
 MODES = [
-    "RGB", "L", "RGBA", "P", "LA", "CMYK", "1", "I;16", "I", "F", "PA", "YCbCr", "HSV", "LAB", "RGBX", "RGBa", "I;16B",
-]
+    "RGB", "L", "RGBA", "P", "LA", "CMYK", "1", "PA", "YCbCr", "HSV", "LAB", "RGBX", "RGBa",
+]  # the deeper ones are not what transformers makes of them
 BITS = {  # of a pixel; 32 in the other modes
-    "1": 1, "L": 8, "P": 8, "RGB": 24, "YCbCr": 24, "LAB": 24, "HSV": 24, "LA": 16, "PA": 16, "I;16": 16, "I;16B": 16,
+    "1": 1, "L": 8, "P": 8, "RGB": 24, "YCbCr": 24, "LAB": 24, "HSV": 24, "LA": 16, "PA": 16,
 }
 # fmt: on
 
@@ -42,6 +40,7 @@ def settings_dict(tile: int = 56, **changes) -> dict:
 
 def mine(images, family: str, tile: int = 56, **changes) -> torch.Tensor:
     model = config(family, tile)
+    images = [load_image(image) for image in images]
     return pixel_values(images, ImageSettings.from_dict(settings_dict(tile, **changes), model, "test"), model)
 
 
@@ -60,8 +59,6 @@ def reference(images, family: str, tile: int = 56, **changes) -> torch.Tensor:
 def noise(mode: str, height: int, width: int, seed: int = 0) -> Image.Image:
     """Random pixels, with a palette, and with a transparent colour for every other P and RGB image."""
     rng = random.Random(f"{mode}{height}{width}{seed}")
-    if mode == "F":
-        return noise("L", height, width, seed).convert("F")
     line_bytes = (width * BITS.get(mode, 32) + 7) // 8
     image = Image.frombytes(mode, (width, height), rng.randbytes(line_bytes * height))
     if mode in ("P", "PA"):
@@ -191,7 +188,7 @@ def test_a_file_is_turned_upright_and_an_image_is_not(tmp_path, orientation):
 
 @pytest.mark.parametrize(
     "mode, suffix",
-    [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("I;16", "png"), ("1", "tiff"), ("CMYK", "jpg"), ("P", "gif")],
+    [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("1", "tiff"), ("CMYK", "jpg"), ("P", "gif")],
 )
 def test_a_file_is_the_image_that_pillow_opens(tmp_path, mode, suffix):
     path = tmp_path / f"image.{suffix}"
@@ -202,16 +199,7 @@ def test_a_file_is_the_image_that_pillow_opens(tmp_path, mode, suffix):
 
 
 def test_transparency_becomes_white():
-    assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that promises more pixels than it holds."""
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n"
-    for chunk_type, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")):
-        file += struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", zlib.crc32(chunk_type + data))
-    return file
+    assert load_image(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
 
 
 def one_line(excinfo) -> str:
@@ -220,53 +208,13 @@ def one_line(excinfo) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("notes.txt", b"not an image at all", "not an image"),
-        ("empty.png", b"", "not an image"),
-        ("bomb.png", png_of_size(50_000, 50_000), "decompression bomb"),
-        ("warned.png", png_of_size(10_000, 10_000), "decompression bomb"),
-        ("short.png", png_of_size(300, 300), "cannot be read"),
-    ],
-)
-def test_bad_files(tmp_path, name, content, said):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UserError) as excinfo:
-        load_image(path)
-    assert said in one_line(excinfo) and name in str(excinfo.value)
-
-
-def test_truncated_jpeg(tmp_path):
-    path = tmp_path / "cut.jpg"
-    noise("RGB", 200, 200).save(path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="cut.jpg: the image cannot be read"):
-        load_image(path)
-
-
-def test_missing_file_folder_and_frames(tmp_path):
-    with pytest.raises(UserError, match="nowhere.png: no such file"):
-        load_image(tmp_path / "nowhere.png")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_image(tmp_path)
-    frames = [noise("L", 9, 9, seed) for seed in range(3)]
-    for name in ("moving.gif", "pages.tiff"):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        with pytest.raises(UserError, match="3 frames"):
-            load_image(tmp_path / name)
-
-
-def test_empty_and_thin_images():
-    with pytest.raises(UserError, match="empty"):
-        load_image(Image.new("RGB", (0, 5)))
+def test_images_that_are_too_thin():
     with pytest.raises(UserError, match="too thin"):
         mine([Image.new("RGB", (60_000, 1))], "llava", 336)
     with pytest.raises(UserError, match="too large to be padded"):
         mine([Image.new("RGB", (20_000, 1))], "llava", do_pad=True, image_processor_type="LlavaImageProcessor")
-    with pytest.raises(UserError, match="mode 'La'"):
-        to_rgb(Image.new("La", (2, 2)))
+    # The longest edge that is read: a line for LLaVA-NeXT, whose tiles show nothing of it.
+    assert mine([Image.new("RGB", (1 << 18, 1))], "llava_next").shape == (1, 3, 3, 56, 56)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +233,27 @@ def test_empty_and_thin_images():
         ("llava", {"rescale_factor": 0}, "rescale_factor"),
         ("llava", {"image_mean": [0.5, 0.5]}, "image_mean"),
         ("llava", {"image_std": [0.5, 0.5, 0]}, "image_std"),
+        ("llava", {"image_std": [1e-300] * 3}, "image_std"),
+        ("llava", {"image_std": [float("nan")] * 3}, "image_std"),
+        ("llava", {"image_mean": "red"}, "image_mean"),
+        ("llava", {"image_mean": [1e300] * 3}, "image_mean"),
+        ("llava", {"rescale_factor": float("nan")}, "rescale_factor"),
+        ("llava", {"rescale_factor": float("inf")}, "rescale_factor"),
+        ("llava", {"rescale_factor": 1e300}, "image_std"),
+        ("llava", {"rescale_factor": None}, "rescale_factor"),
+        ("llava", {"size": 10**25}, "size"),
+        ("llava", {"size": {"shortest_edge": 1 << 20}}, "size"),
+        ("llava", {"size": {"height": 56, "width": 1 << 27}}, "size"),
+        ("llava", {"size": {"height": 56, "width": True}}, "size"),
+        ("llava", {"size": [56, 56]}, "size"),
+        ("llava", {"size": -56}, "size"),
+        ("llava", {"resample": True}, "resample"),
+        ("llava", {"resample": 1e999}, "resample"),
+        ("llava", {"do_resize": "yes"}, "do_resize"),
+        ("llava", {"image_processor_type": 5}, "image_processor_type"),
+        ("llava_next", {"image_grid_pinpoints": 5}, "image_grid_pinpoints"),
+        ("llava_next", {"image_grid_pinpoints": [[56, "x"]]}, "image_grid_pinpoints"),
+        ("llava_next", {"image_grid_pinpoints": [[56]]}, "image_grid_pinpoints"),
         ("llava_next", {"size": {"shortest_edge": 64}}, "size"),
         ("llava_next", {"image_grid_pinpoints": [[56, 56]]}, "image_grid_pinpoints"),
     ],
