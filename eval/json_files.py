@@ -13,4 +13,6 @@ from minivlm.files import write_whole
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """Write `content` completely or not at all. Raises `UserError` if it cannot be written."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    # The name of a file may hold bytes that are no text: "?" stands for each, so that the file is UTF-8.
+    data = text.encode(errors="replace")
+    write_whole(path, lambda scratch: scratch.write_bytes(data))

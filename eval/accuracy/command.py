@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import weights
+from eval.accuracy.identity import fingerprint
 from eval.accuracy.processes import Processes
 from eval.accuracy.report import results_in_words
-from eval.accuracy.run_folder import fingerprint
-from eval.accuracy.run_spec import RunSpec
+from eval.accuracy.run_spec import ModelIdentity, RunSpec
 from eval.accuracy.runner import evaluate
 from eval.accuracy.tasks import GROUPS, TASKS, open_tasks
+from eval.accuracy.words import printable
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note
 from minivlm.cache.policies import preset
+from minivlm.cache.policies.avl import AVLSettings
+from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
+from minivlm.files import is_folder
 from minivlm.generation.vlm import VLM
 from weights.build import read_config
 
@@ -47,7 +53,7 @@ def run_evaluation(arguments: Sequence[str]) -> None:
         if processes.rank == 0:
             for line in spec.notes:
                 note(line)
-        folder, results = evaluate(spec, args.output_path, model_loader(args), processes)
+        folder, results = evaluate(spec, args.output_path, model_loader(args), processes, force=args.force)
         if results is not None:
             print(results_in_words(results, folder))
     finally:
@@ -106,6 +112,7 @@ def _add_run_flags(parser: Parser, arguments: Sequence[str]) -> None:
     parser.switch("log_samples", help="also record each sample's prompt, references and token ids")
     parser.flag("log_samples_suffix", default="", metavar="S", help="added to the name of the run's folder")
     parser.switch("predict_only", help="do not score")
+    parser.switch("force", help="ask everything anew; earlier answers are put aside")
     for name in _WITHOUT_MEANING:
         parser.flag(name, help=argparse.SUPPRESS)
     policy_flags.add_arguments(parser, arguments)
@@ -134,16 +141,16 @@ def _apply_model_args(args: argparse.Namespace) -> None:
 
 def prepare_run(args: argparse.Namespace) -> RunSpec:
     """The run that the flags ask for, with its data opened; the model is not loaded yet."""
-    settings = policy_flags.from_args(args, args.seed)
-    identity = _model_identity(args)
+    settings = policy_settings(args)
+    model = _model_identity(args)
     tasks, data_notes = open_tasks(args.tasks, args.data, args.seed, args.limit)
     opened = {task.name for task, _ in tasks}
     asked = {name.strip() for name in args.tasks.split(",")}
     is_default = settings == preset("full", seed=args.seed)
     return RunSpec(
         tasks=tasks,
+        model=model,
         settings=settings,
-        identity=identity,
         batch_size=args.batch_size,
         seed=args.seed,
         predict_only=args.predict_only,
@@ -158,25 +165,33 @@ def prepare_run(args: argparse.Namespace) -> RunSpec:
     )
 
 
-def _model_identity(args: argparse.Namespace) -> dict[str, str]:
+def policy_settings(args: argparse.Namespace) -> CacheSettings:
+    """The policy that the flags ask for.
+
+    Flags of A-VL without `--policy`, as in the authors' command line, ask for `avl` or `h2o`, and
+    the run is filed under that name.
+    """
+    settings = policy_flags.from_args(args, args.seed)
+    if type(settings) is AVLSettings and settings.policy == "full":
+        if settings.vision or settings.filter or settings.text:
+            return replace(settings, policy="avl")
+        if settings.all_h2o:
+            return replace(settings, policy="h2o")
+    return settings
+
+
+def _model_identity(args: argparse.Namespace) -> ModelIdentity:
     """Which model answers, in which dtype and on what device, as far as that changes answers."""
     folder = weights.find_checkpoint(args.model)
     if args.model is None:
         name = "demo"
-    elif Path(args.model).expanduser().is_dir():
-        name = folder.name
     else:
-        name = args.model
+        name = folder.name if is_folder(Path(os.path.expanduser(args.model))) else args.model
     on_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     dtype = args.dtype
     if dtype == "auto":
         dtype = read_config(folder).dtype if on_cuda else "float32"
-    return {
-        "model": name,
-        "weights": fingerprint(folder),
-        "device": "cuda" if on_cuda else "cpu",
-        "dtype": dtype,
-    }
+    return ModelIdentity(printable(name), fingerprint(folder), "cuda" if on_cuda else "cpu", dtype)
 
 
 def model_loader(args: argparse.Namespace) -> Callable[[], VLM]:

@@ -1,76 +1,57 @@
-"""Data sets: the official DocVQA JSON layout with its image folder, and the hub's parquet files.
+"""Data sets: the questions, in memory, and a function that decodes one image when its turn comes.
 
-Both are read into the same `Dataset`: the questions, in memory, and a function that decodes one
-image when its turn comes. The JSON layout is that of the DocVQA and InfographicVQA downloads
-(rrc.cvc.uab.es, challenge 17). The parquet columns are those of lmms-lab/DocVQA, lmms-lab/textvqa
-and echo840/OCRBench on the hub, which name some fields differently.
+Here are the official DocVQA JSON layout with its image folder, that of the DocVQA and
+InfographicVQA downloads (rrc.cvc.uab.es, challenge 17), and downloads from the hub, whose files
+`eval.accuracy.parquet` reads.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-from bisect import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from PIL import Image, ImageOps
+import msgspec
+from PIL import Image
 
+from eval.accuracy.records import Sample, expect_split, read_samples
 from minivlm.errors import UserError
+from minivlm.files import exists, read_bytes
 from minivlm.inputs.images import load_image
+from minivlm.schema import convert
 
-# The names of each field, in the order in which they are tried.
-_ID = ("questionId", "question_id")
-_ANSWERS = ("answers", "answer")
-_TYPES = ("question_types", "question_type", "answer_type")
-_SPLIT = ("data_split", "set_name")
-_IMAGE = ("image", "image_local_name", "image_path")
-_OTHER = ("question", "dataset")
-_SPLIT_NAMES = {"validation": ("validation", "val"), "test": ("test",)}
-
-
-class OtherSplit(UserError):
-    """The data are there, but belong to another split than the task's."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question.
-
-    `index` is its place in the whole data set. Without `answers` it cannot be scored.
-    """
-
-    index: int
-    id: int | str
-    question: str
-    answers: tuple[str, ...] = ()
-    types: tuple[str, ...] = ()
-    source: str = ""  # OCRBench: the data set from which the question was taken
+_LONGEST_NUMBER = 1000  # digits of a JSON integer that is read as one
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Questions in order.
+    """Questions in order, and how to get their images.
 
-    `image(index)` decodes an image, or raises a `UserError` that names it.
+    `image(index)` decodes an image, or raises a `UserError` that names it. `samples` are all of the
+    data set's `total` questions, or the first ones after `take`. `identity` stands for the whole
+    data set, whatever is taken of it.
     """
 
     origin: str
     samples: tuple[Sample, ...]
     image: Callable[[int], Image.Image]
+    total: int
+    identity: str
+
+    @classmethod
+    def whole(cls, origin: str, samples: tuple[Sample, ...], image: Callable[[int], Image.Image]) -> Dataset:
+        """A data set of these questions; ids stand for the images in its identity."""
+        asked = [(sample.id, sample.question, sample.answers) for sample in samples]
+        identity = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        return cls(origin, samples, image, len(samples), identity)
 
     def take(self, limit: float | None) -> Dataset:
         """The first questions, as many as `limited_count` says."""
-        return replace(self, samples=self.samples[: limited_count(limit, len(self.samples))])
-
-    def identity(self) -> str:
-        """A hash of the questions and their right answers; ids stand for the images."""
-        asked = [(sample.id, sample.question, sample.answers) for sample in self.samples]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        return replace(self, samples=self.samples[: limited_count(limit, self.total)])
 
 
 def limited_count(limit: float | None, available: int) -> int:
@@ -81,115 +62,52 @@ def limited_count(limit: float | None, available: int) -> int:
     """
     if limit is None:
         return available
-    if not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+    if not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
         raise UserError(f"--limit {limit:g}: expected a count of at least 1, or a share between 0 and 1")
     return min(math.ceil(limit * available) if limit < 1 else int(limit), available)
+
+
+class _Layout(msgspec.Struct):
+    """The official layout; its records are checked one by one."""
+
+    data: list[Any]
+    dataset_split: str | None = None
 
 
 def read_docvqa_json(path: Path, split: str) -> Dataset:
     """Read the official layout: `{"data": [{"questionId", "question", "image", ...}, ...]}`.
 
     `split` is "validation" or "test". An image's path is relative to the folder of the JSON file;
-    images are also looked for in its folders `documents/` and `images/`. Raises `UserError` for a
-    file that does not have this layout, and `OtherSplit` for one of another split.
+    images are also looked for in its folders `documents/` and `images/`. A name cannot leave the
+    folder, but links in it are followed. Raises `UserError` for a file that does not have this
+    layout, and `OtherSplit` for one of another split.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    records = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(records, list):
-        raise UserError(f'{path}: no "data" list (expected the official DocVQA layout)')
-    declared = content.get("dataset_split")
-    if declared is not None and declared not in _SPLIT_NAMES[split]:
-        raise OtherSplit(f"{path}: holds split {declared!r} (expected {_SPLIT_NAMES[split][-1]!r})")
-    samples = _checked_samples(records, split, f"{path}: data")
-    names = [_first_present(record, _IMAGE) for record in records]
+    layout = convert(_parsed(path), _Layout, str(path))
+    expect_split(layout.dataset_split, split, f"{path}: holds")
+    samples = read_samples(layout.data, split, f"{path}: data", named_images=True)
 
     def image(index: int) -> Image.Image:
-        name = names[index]
-        if not isinstance(name, str) or not name:
-            raise UserError(f'{path}: data[{index}] has no "image"')
+        name = PurePath(samples[index].image)
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{name}: leaves the folder of the data (expected a name inside {path.parent})")
         places = [path.parent / folder / name for folder in ("", "documents", "images")]
-        return load_image(next((place for place in places if place.is_file()), places[0]))
+        return load_image(next(filter(exists, places), places[0]))
 
-    return Dataset(str(path), samples, image)
-
-
-@dataclass(frozen=True)
-class _RowGroup:
-    """A part of a parquet file that is read at once, and the index of its first sample."""
-
-    file: Path
-    number: int
-    first: int
+    return Dataset.whole(str(path), samples, image)
 
 
-def read_parquet_files(files: Sequence[Path], split: str) -> Dataset:
-    """Read the parquet files of one split, in order.
+def _parsed(path: Path) -> Any:
+    """A JSON file as Python's own objects.
 
-    Images are read later, one row group at a time.
-
-    Raises `UserError` without pyarrow, and for files that are damaged or lack a column.
+    json reads what msgspec refuses as a whole because of one record: lone surrogates, NaN, and
+    numbers of thousands of digits, which stay text here.
     """
     try:
-        import pyarrow
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"{files[0]}: reading parquet needs pyarrow (pip install 'minivlm[parquet]')") from None
-    records: list[dict[str, Any]] = []
-    groups: list[_RowGroup] = []
-    wanted = {*_ID, *_ANSWERS, *_TYPES, *_SPLIT, *_OTHER}
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as table:
-                columns = table.schema_arrow.names
-                if missing := [name for name in ("question", "image") if name not in columns]:
-                    raise UserError(f"{file}: no column {missing[0]!r}")
-                for number in range(table.num_row_groups):
-                    groups.append(_RowGroup(file, number, len(records)))
-                    records += table.read_row_group(number, [name for name in columns if name in wanted]).to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{file}: not a readable parquet file ({_first_line(error)})") from None
-    folder = files[0].parent
-    return Dataset(str(folder), _checked_samples(records, split, f"{folder}: row"), _ParquetImages(groups))
-
-
-class _ParquetImages:
-    """Decodes one image of a list of row groups.
-
-    The last row group stays in memory, since its neighbours follow.
-    """
-
-    def __init__(self, groups: Sequence[_RowGroup]) -> None:
-        self._groups = groups
-        self._loaded: _RowGroup | None = None
-        self._cells: list[Any] = []
-
-    def __call__(self, index: int) -> Image.Image:
-        import pyarrow
-
-        group = self._groups[bisect(self._groups, index, key=lambda group: group.first) - 1]
-        try:
-            if group != self._loaded:
-                self._load(group)
-            cell = self._cells[index - group.first]
-            data = cell.get("bytes") if isinstance(cell, dict) else cell
-            if data is None:
-                raise UserError("no image")
-            return ImageOps.exif_transpose(load_image(Image.open(io.BytesIO(data))))
-        except (UserError, OSError, pyarrow.ArrowException, Image.DecompressionBombError) as error:
-            where = f"row {index - group.first} of row group {group.number}"
-            raise UserError(f"{group.file}: {where}: {_first_line(error)}") from None
-
-    def _load(self, group: _RowGroup) -> None:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(group.file) as table:
-            self._cells = table.read_row_group(group.number, ["image"]).column("image").to_pylist()
-        self._loaded = group
+        return json.loads(
+            read_bytes(path), parse_int=lambda digits: int(digits) if len(digits) <= _LONGEST_NUMBER else digits
+        )
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from None
 
 
 def download(repository: str, pattern: str) -> Path:
@@ -207,56 +125,6 @@ def download(repository: str, pattern: str) -> Path:
     except Exception as error:  # the errors of the hub's client and of its HTTP library
         reason = _first_line(error) or type(error).__name__
         raise UserError(f"{repository}: no such folder, and downloading it from the hub failed ({reason})") from None
-
-
-def _checked_samples(records: Iterable[Any], split: str, where: str) -> tuple[Sample, ...]:
-    """The questions in `records`.
-
-    Raises `UserError` for bad ones, which are named `where`[index].
-    """
-    samples: list[Sample] = []
-    index_of: dict[int | str, int] = {}
-    for index, record in enumerate(records):
-        if not isinstance(record, dict) or not isinstance(record.get("question"), str):
-            raise UserError(f'{where}[{index}] has no "question"')
-        question_id = _question_id(record, index)
-        if question_id == "":
-            raise UserError(f'{where}[{index}] has no "questionId"')
-        if question_id in index_of:
-            raise UserError(f"{where}[{index}] repeats questionId {question_id} of [{index_of[question_id]}]")
-        index_of[question_id] = index
-        declared = _first_present(record, _SPLIT)
-        if declared is not None and declared not in _SPLIT_NAMES[split]:
-            raise OtherSplit(f"{where}[{index}] belongs to split {declared!r} (expected {_SPLIT_NAMES[split][-1]!r})")
-        answers, types = _texts(record, _ANSWERS), _texts(record, _TYPES)
-        source = record.get("dataset") or ""
-        samples.append(Sample(index, question_id, record["question"], answers, types, source))
-    if not samples:
-        raise UserError(f"{where}[] is empty")
-    return tuple(samples)
-
-
-def _question_id(record: dict[str, Any], index: int) -> int | str:
-    """A record's id, as a number if it consists of digits; empty if it has none.
-
-    OCRBench's ids are its indices.
-    """
-    name = _first_present(record, _ID)
-    if name is None and "dataset" in record:
-        return index
-    text = "" if name is None else str(name)
-    return int(text) if text.isdecimal() else text
-
-
-def _first_present(record: dict[str, Any], names: Sequence[str]) -> Any:
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def _texts(record: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    value = _first_present(record, names)
-    if value is None:
-        return ()
-    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eval.accuracy.command import parse_run
 from eval.accuracy.compare import FinishedRun, describe_differences, paired_differences
-from eval.accuracy.report import RunResults
+from eval.accuracy.run_results import RunResults
 from eval.accuracy.sweep import (
     BUDGETS,
     Cell,
@@ -131,7 +131,7 @@ def results_page(
     """
     full = sections["policies"][0].results
     assert full is not None, "the full cache meets every budget"
-    task = next(iter(full["cost"]))
+    task = next(iter(full.cost))
     texts = {}
     for name, cells in sections.items():
         picture = f"\n![{name}: accuracy against KV bytes]({name}.png)\n" if name in drawn else ""
@@ -142,12 +142,12 @@ def results_page(
 
 def _what_ran(results: RunResults, task: str) -> str:
     """The first paragraph of the page."""
-    settings = results["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    settings = results.settings
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     text = (
-        f"This page is written by `make results`; do not edit it. Model `{settings['model']}`, "
-        f"task `{task}` ({results['data'][task]}), {results['results'][task]['n']} questions, "
-        f"batch size {settings['batch_size']}, {settings['device']}, dtype {settings['dtype']}; {versions}."
+        f"This page is written by `make results`; do not edit it. Model `{settings.model}`, "
+        f"task `{task}` ({results.data[task]}), {results.results[task]['n']} questions, "
+        f"batch size {settings.batch_size}, {settings.device}, dtype {settings.dtype}; {versions}."
     )
     return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+import msgspec
 
 from eval.accuracy.data import Dataset
-from eval.accuracy.run_folder import RunFolder
+from eval.accuracy.identity import code_hash
+from eval.accuracy.outcomes import Outcome
+from eval.accuracy.run_names import run_label
+from eval.accuracy.run_settings import RunSettings, TaskSettings
 from eval.accuracy.tasks import Task
 from minivlm.cache.policies import preset
 from minivlm.cache.settings import CacheSettings
 from minivlm.generation.answers import Answer, Request
 from minivlm.generation.sampling import Sampling
 from minivlm.inputs.processor import Processor
-
-FORMAT = 2  # the format of a run's folder; a run in another format is not continued or compared
 
 
 class Answerer(Protocol):
@@ -35,17 +37,26 @@ class Answerer(Protocol):
 
 
 @dataclass(frozen=True)
+class ModelIdentity:
+    """Which model answers, in which dtype and on what device, as far as that changes answers."""
+
+    model: str  # its name, for people
+    weights: str  # the checkpoint's fingerprint
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """What to run.
 
-    `identity` says which model answers, in which dtype and on what device. `groups` maps the name
-    of a group of tasks to its members, which are also summarised together. `notes` are copied into
-    the results.
+    `groups` maps the name of a group of tasks to its members, which are also summarised together.
+    `notes` are copied into the results.
     """
 
     tasks: Sequence[tuple[Task, Dataset]]
+    model: ModelIdentity
     settings: CacheSettings = preset("full")
-    identity: dict[str, str] = field(default_factory=dict)
     batch_size: int = 1
     seed: int = 0
     predict_only: bool = False
@@ -54,30 +65,48 @@ class RunSpec:
     groups: dict[str, list[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
-    def hashed_settings(self) -> dict[str, Any]:
-        """Everything that changes answers; the folder's name contains its hash."""
-        tasks = {
-            task.name: {
-                "prompt": task.suffix,
-                "max_new_tokens": task.max_new_tokens,
-                "split": task.split,
-                "samples": len(dataset.samples),
-                "data": dataset.identity(),
-            }
-            for task, dataset in self.tasks
-        }
-        return {
-            **self.identity,
-            "format": FORMAT,
-            "tasks": tasks,
-            "cache": self.settings.to_dict(),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "predict_only": self.predict_only,
-        }
+    @property
+    def code(self) -> str:
+        """The hash of the code that answers."""
+        return code_hash(type(self.settings))
 
-    def folder(self, root: Path) -> RunFolder:
-        """The run's folder under `root`, not yet opened."""
-        names = list(self.groups) or [task.name for task, _ in self.tasks]
-        label = "_".join((*names, self.settings.policy, *filter(None, (self.suffix,))))
-        return RunFolder(root, label, self.hashed_settings())
+    def settings_record(self) -> RunSettings:
+        """Everything else that changes answers; the folder's name contains its hash."""
+        return RunSettings(
+            model=self.model.model,
+            weights=self.model.weights,
+            device=self.model.device,
+            dtype=self.model.dtype,
+            tasks={
+                task.name: TaskSettings(task.suffix, task.max_new_tokens, task.split, dataset.identity)
+                for task, dataset in self.tasks
+            },
+            cache=msgspec.to_builtins(self.settings.to_dict()),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            predict_only=self.predict_only,
+        )
+
+    def label(self) -> str:
+        """The readable part of the folder's name: groups, tasks of no group, the policy."""
+        grouped = {member for members in self.groups.values() for member in members}
+        names = [*self.groups, *(task.name for task, _ in self.tasks if task.name not in grouped)]
+        return run_label(names, self.settings, self.suffix)
+
+    def problem(self, outcome: Outcome) -> str:
+        """Why a stored outcome cannot be one of this run's; empty if it can.
+
+        Of samples beyond the limit only the index is checked.
+        """
+        task, dataset = {task.name: (task, dataset) for task, dataset in self.tasks}.get(outcome.task, (None, None))
+        if task is None or dataset is None:
+            return f"unknown task {outcome.task!r}"
+        if outcome.index >= dataset.total:
+            return f"index {outcome.index} of {dataset.total} samples"
+        if outcome.index < len(dataset.samples) and outcome.id != (expected := dataset.samples[outcome.index].id):
+            return f"id {outcome.id!r} where the data have {expected!r}"
+        if outcome.answered and (outcome.scores is None) != self.predict_only:
+            return "scores that were not asked for" if self.predict_only else "no scores"
+        if unknown := (outcome.scores or {}).keys() - task.metrics:
+            return f"unknown metric {min(unknown)!r}"
+        return ""

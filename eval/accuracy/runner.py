@@ -16,22 +16,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 from PIL import Image
 from tqdm import tqdm
 
-from eval.accuracy.data import Dataset, Sample
-from eval.accuracy.outcomes import Outcome, cost_share
+from eval.accuracy.data import Dataset
+from eval.accuracy.outcomes import Cost, Outcome
 from eval.accuracy.processes import Processes
-from eval.accuracy.report import RunResults, results_of
+from eval.accuracy.records import Sample
+from eval.accuracy.report import Circumstances, circumstances_of, results_of
 from eval.accuracy.run_folder import RunFolder
+from eval.accuracy.run_results import RunResults
 from eval.accuracy.run_spec import Answerer, RunSpec
 from eval.accuracy.tasks import Task
-from eval.json_files import write_json
+from eval.accuracy.words import printable
+from minivlm.app.cli import note
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.generation.answers import Answer, Request
 from minivlm.generation.sampling import Sampling
-from minivlm.schema import read_json_object
 
 _AHEAD = 2  # batches whose images are decoded, or being decoded, while the model answers
 
@@ -44,36 +47,59 @@ class NothingAnswered(UserError):
 
 
 def evaluate(
-    spec: RunSpec, root: Path, load: Callable[[], Answerer], processes: Processes = Processes()
+    spec: RunSpec,
+    root: Path,
+    load: Callable[[], Answerer],
+    processes: Processes = Processes(),
+    *,
+    force: bool = False,
 ) -> tuple[Path, RunResults | None]:
-    """Answer what is not answered yet.
+    """Answer what is not answered yet, or with `force` everything.
 
     Return the run's folder and its results (None on ranks other than 0).
 
-    `load` is called only if something is left to ask. Raises `UserError` for a folder that cannot
-    be used, and `NothingAnswered` if not one sample of a task could be answered.
+    `load` is called only if something is left to ask, or if results.json has to be written without
+    an earlier one. Raises `UserError` for a folder that cannot be used, and `NothingAnswered` if
+    not one sample of a task could be answered.
     """
-    folder = spec.folder(root)
+    folder = RunFolder(root, spec.label(), spec.settings_record(), spec.code)
     outcomes: Outcomes = {}
-    finished = None
     if processes.rank == 0:
-        outcomes = folder.open()
-        if folder.results.exists() and not any("error" in outcome for outcome in outcomes.values()):
-            finished = read_json_object(folder.results)
-    finished = processes.broadcast(finished)
-    if finished is not None:
-        return folder.path, finished if processes.rank == 0 else None
-
-    model, started = load(), time.perf_counter()
-    for task, dataset in spec.tasks:
-        _answer_task(spec, task, dataset, model, folder, outcomes, processes)
+        outcomes = folder.open(spec.problem, force)
+    samples = [(task.name, sample.index) for task, dataset in spec.tasks for sample in dataset.samples]
+    done = sum(key in outcomes and outcomes[key].answered for key in samples)
+    if done and processes.rank == 0:
+        note(f"{done} of {len(samples)} already answered in {folder.path}")
+    started = time.perf_counter()
+    if asked := processes.broadcast(done) < len(samples):
+        model = load()
+        for task, dataset in spec.tasks:
+            _answer_task(spec, task, dataset, model, folder, outcomes, processes)
     if processes.rank != 0:
         return folder.path, None
+
     by_task = {task.name: [outcomes[task.name, s.index] for s in dataset.samples] for task, dataset in spec.tasks}
     _write_submissions(spec, by_task, folder)
-    results = results_of(spec, by_task, model, time.perf_counter() - started, processes.world)
-    folder.finish(results)
+    stored = folder.read_results()
+    if asked or stored is None:
+        circumstances = circumstances_of(spec, load(), time.perf_counter() - started, processes.world)
+    else:
+        circumstances = _circumstances_in(stored)
+    results = results_of(spec, by_task, circumstances)
+    if results != stored:
+        folder.write(folder.results.name, results)
     return folder.path, results
+
+
+def _circumstances_in(results: RunResults) -> Circumstances:
+    """How the run came about whose results these are: nothing has been asked since."""
+    return {
+        "prompts": results.prompts,
+        "template": results.template,
+        "versions": results.versions,
+        "seconds": results.seconds,
+        "processes": results.processes,
+    }
 
 
 def _write_submissions(spec: RunSpec, outcomes: dict[str, list[Outcome]], folder: RunFolder) -> None:
@@ -84,12 +110,12 @@ def _write_submissions(spec: RunSpec, outcomes: dict[str, list[Outcome]], folder
     """
     for task, _ in spec.tasks:
         in_task = outcomes[task.name]
-        if all("error" in outcome for outcome in in_task):
-            reason = f"none of its {len(in_task)} samples could be answered; {in_task[0]['error']}"
+        if not any(outcome.answered for outcome in in_task):
+            reason = f"none of its {len(in_task)} samples could be answered; {in_task[0].error}"
             raise NothingAnswered(f"task {task.name}: {reason}")
         if task.submission:
-            predictions = [{"questionId": o["id"], "answer": o.get("prediction", "")} for o in in_task]
-            write_json(folder.path / f"{task.name}_for_submission.json", predictions)
+            predictions = [{"questionId": o.id, "answer": o.prediction or ""} for o in in_task]
+            folder.write(f"{task.name}_for_submission.json", predictions)
 
 
 def _answer_task(
@@ -105,13 +131,14 @@ def _answer_task(
 
     Adds to `outcomes` and to the folder on rank 0.
     """
-    answered = {index: o for (name, index), o in outcomes.items() if name == task.name and "error" not in o}
-    done = processes.broadcast(set(answered))
+    stored = (outcomes.get((task.name, sample.index)) for sample in dataset.samples)
+    answered = [outcome for outcome in stored if outcome is not None and outcome.answered]
+    done = processes.broadcast({outcome.index for outcome in answered})
     batches = [dataset.samples[i : i + spec.batch_size] for i in range(0, len(dataset.samples), spec.batch_size)]
     batches = [batch for batch in batches if any(sample.index not in done for sample in batch)]
     own_batches = decoded_ahead(dataset, batches[processes.rank :: processes.world])
     totals = _RunningTotals(task.metric)
-    for outcome in answered.values():
+    for outcome in answered:
         totals.add(outcome)
     bar = tqdm(
         total=len(dataset.samples),
@@ -126,14 +153,14 @@ def _answer_task(
         for _ in range(math.ceil(len(batches) / processes.world)):
             batch = next(own_batches, None)
             gathered = processes.gather(_answer_batch(spec, task, batch, model) if batch else [])
-            new = [outcome for by_rank in gathered for outcome in by_rank if outcome["index"] not in done]
+            new = [outcome for by_rank in gathered for outcome in by_rank if outcome.index not in done]
             if processes.rank == 0:
                 folder.append(new)
             for outcome in new:
-                outcomes[task.name, outcome["index"]] = outcome
+                outcomes[outcome.key] = outcome
                 totals.add(outcome)
-                if "error" in outcome:
-                    bar.write(f"failed: {task.name} {outcome['id']}: {outcome['error']}", file=sys.stderr)
+                if not outcome.answered:
+                    bar.write(f"failed: {task.name} {printable(str(outcome.id), 60)}: {outcome.error}", file=sys.stderr)
             bar.set_postfix_str(str(totals), refresh=False)
             bar.update(len(new))
 
@@ -155,6 +182,8 @@ def decoded_ahead(dataset: Dataset, batches: Iterable[Sequence[Sample]]) -> Iter
 
 
 def _image_or_error(dataset: Dataset, sample: Sample) -> Image.Image | UserError:
+    if sample.problem:
+        return UserError(sample.problem)
     try:
         return dataset.image(sample.index)
     except UserError as error:
@@ -200,27 +229,27 @@ def _ask(
 
 def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserError, asked_together: int) -> Outcome:
     """The outcome of a sample, scored unless the run is not to be scored."""
-    outcome: Outcome = {
-        "task": task.name,
-        "id": sample.id,
-        "index": sample.index,
-        "types": sample.types,
-    }
+    types = list(sample.types)
     if isinstance(answer, UserError):
-        outcome["error"] = str(answer)
-        return outcome
+        error = printable(str(answer))
+        return Outcome(task=task.name, id=sample.id, index=sample.index, types=types, code=spec.code, error=error)
     prediction = answer.text.strip()
-    outcome["prediction"] = prediction
-    outcome["finish"] = answer.finish
-    if not spec.predict_only:
-        scores = task.scores(prediction, sample)
-        outcome["scores"] = {name: score for name, score in scores.items() if not math.isnan(score)}
-    if spec.log_samples:
-        outcome["prompt"] = task.prompt(sample)
-        outcome["answers"] = sample.answers
-        outcome["token_ids"] = list(answer.token_ids)
-    outcome["cost"] = cost_share(answer.stats, asked_together)
-    return outcome
+    scores = {} if spec.predict_only else task.scores(prediction, sample)
+    logged = spec.log_samples
+    return Outcome(
+        task=task.name,
+        id=sample.id,
+        index=sample.index,
+        types=types,
+        code=spec.code,
+        prediction=prediction,
+        finish=answer.finish,
+        scores=None if spec.predict_only else {name: score for name, score in scores.items() if not math.isnan(score)},
+        prompt=task.prompt(sample) if logged else None,
+        answers=list(sample.answers) if logged else None,
+        token_ids=list(answer.token_ids) if logged else None,
+        cost=Cost.share(answer.stats, asked_together),
+    )
 
 
 class _RunningTotals:
@@ -232,7 +261,8 @@ class _RunningTotals:
         self.counts: Counter[str] = Counter()
 
     def add(self, outcome: Outcome) -> None:
-        for name, number in {**outcome.get("scores", {}), **outcome.get("cost", {})}.items():
+        cost = {} if outcome.cost is None else msgspec.structs.asdict(outcome.cost)
+        for name, number in {**(outcome.scores or {}), **cost}.items():
             self.sums[name] += number
             self.counts[name] += 1
 

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.accuracy.command import model_loader, parse_run, prepare_run
+import msgspec
+
+from eval.accuracy.command import model_loader, parse_run, policy_settings, prepare_run
 from eval.accuracy.compare import FinishedRun, comparison_table
 from eval.accuracy.processes import Processes
-from eval.accuracy.report import RunResults
+from eval.accuracy.run_results import RunResults
 from eval.accuracy.runner import NothingAnswered, evaluate
 from eval.accuracy.tasks import TASKS
 from eval.figures import can_draw, row_of_panels, save_figure
@@ -54,7 +56,7 @@ class CellResult:
         """The cell as sweep.json holds it."""
         if self.results is None:
             return {**asdict(self.cell), "refused": self.refusal}
-        return {**asdict(self.cell), "folder": self.folder, **self.results}
+        return {**asdict(self.cell), "folder": self.folder, **msgspec.to_builtins(self.results)}
 
 
 def run_sweep(arguments: Sequence[str]) -> None:
@@ -117,12 +119,14 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace, processes: Proces
             print(f"{cell.name}: {' '.join(cell.flags)}", file=sys.stderr)
         try:
             cell_args = parser.parse_args(cell.flags, argparse.Namespace(**vars(args)))
-            settings = policy_flags.from_args(cell_args, args.seed)
+            settings = policy_settings(cell_args)
         except UserError as error:
             done.append(CellResult(cell, refusal=str(error)))
             continue
         try:
-            folder, results = evaluate(replace(base, settings=settings), args.output_path, load, processes)
+            folder, results = evaluate(
+                replace(base, settings=settings), args.output_path, load, processes, force=args.force
+            )
             done.append(CellResult(cell, folder.name, results))
         except NothingAnswered as error:
             done.append(CellResult(cell, refusal=str(error)))
@@ -147,7 +151,7 @@ def draw_scores(cells: Sequence[CellResult], path: Path) -> bool:
     scored = [
         (cell.cell.line, cell.results)
         for cell in cells
-        if cell.results is not None and any(summary["n"] for summary in cell.results["results"].values())
+        if cell.results is not None and any(summary["n"] for summary in cell.results.results.values())
     ]
     if not scored:
         note("no picture, since nothing was scored")
@@ -155,10 +159,10 @@ def draw_scores(cells: Sequence[CellResult], path: Path) -> bool:
     if not can_draw():
         return False
     first = scored[0][1]
-    task = next(task for task in first["cost"] if first["results"][task]["n"])
-    most = max(results["results"][task]["n"] for _, results in scored)
-    scored = [(line, results) for line, results in scored if results["results"][task]["n"] == most]
-    summary = scored[0][1]["results"][task]
+    task = next(task for task in first.cost if first.results[task]["n"])
+    most = max(results.results[task]["n"] for _, results in scored)
+    scored = [(line, results) for line, results in scored if results.results[task]["n"] == most]
+    summary = scored[0][1].results[task]
     metrics = [name for name in dict.fromkeys((TASKS[task].metric, "anls", "exact_match")) if name in summary]
     figure, panels = row_of_panels(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
@@ -171,14 +175,14 @@ def draw_scores(cells: Sequence[CellResult], path: Path) -> bool:
 
 def _draw_metric(axes: Any, scored: Sequence[tuple[str, RunResults]], task: str, metric: str) -> None:
     """Draw one metric of a task: a curve per line, and `full` as a dashed line across."""
-    full_bytes = scored[0][1]["cost"][task]["kv_full_bytes_mean"]
+    full_bytes = scored[0][1].cost[task].kv_full_bytes_mean
     unit, scale = ("MiB", 2**20) if full_bytes > 2**21 else ("KiB", 2**10)
     for name in dict.fromkeys(line for line, _ in scored):
         points = sorted(
             (
-                results["cost"][task]["kv_bytes_mean"] / scale,
-                results["results"][task][metric],
-                results["results"][task][f"{metric}_stderr"],
+                results.cost[task].kv_bytes_mean / scale,
+                results.results[task][metric],
+                results.results[task][f"{metric}_stderr"],
             )
             for line, results in scored
             if line == name

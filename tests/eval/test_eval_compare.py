@@ -62,8 +62,8 @@ def test_compare_refuses_what_is_no_run(place, capsys):
     tmp_path, _, flags = place
     assert evaluate(["compare", str(tmp_path / "nothing")]) == 2
     assert "nothing: no results.json (expected the folder of a finished run)" in capsys.readouterr().err
-    for limit in "12":
-        assert evaluate([*flags, "--output_path", str(tmp_path / "a"), "--limit", limit]) == 0
+    for size in "12":
+        assert evaluate([*flags, "--output_path", str(tmp_path / "a"), "--batch_size", size]) == 0
     capsys.readouterr()
     assert evaluate(["compare", str(tmp_path / "a")]) == 2
     assert capsys.readouterr().err.endswith("a: 2 runs; name one of them (expected the folder of a finished run)\n")
@@ -79,7 +79,7 @@ def test_compare_refuses_runs_of_another_format(place, capsys):
     path.write_text(json.dumps(results))
     capsys.readouterr()
     assert evaluate(["compare", str(tmp_path / "a")]) == 2
-    assert capsys.readouterr().err == f"error: {path}: is not a run in format 2 (run it again)\n"
+    assert capsys.readouterr().err == f"error: {path}: is not a run in format 3 (run it again)\n"
 
 
 def test_bootstrap_against_a_plain_one():

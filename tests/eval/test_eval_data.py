@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from eval.accuracy.data import OtherSplit, Sample, read_docvqa_json, read_parquet_files
+from eval.accuracy.data import read_docvqa_json
+from eval.accuracy.parquet import read_parquet_files
+from eval.accuracy.records import OtherSplit, Sample
 from eval.accuracy.tasks import TASKS, open_tasks
 from eval_helpers import truth, write_docvqa
 from hub_helpers import Handler, Hub
@@ -24,7 +27,9 @@ def change(path, edit):
 
 def test_json_layout(tmp_path):
     dataset = read_docvqa_json(write_docvqa(tmp_path, 3), "validation")
-    assert dataset.samples[2] == Sample(2, 102, "What is 2?", (truth(2), "never"), ("kind0",))
+    assert dataset.samples[2] == Sample(
+        2, 102, "What is 2?", (truth(2), "never"), ("kind0",), image="documents/page_2.png"
+    )
     assert [dataset.image(i).size for i in range(3)] == [(1, 1), (2, 1), (3, 1)]
 
 
@@ -54,22 +59,21 @@ def test_infographics_names(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "not valid JSON"),
-        ("[1]", 'no "data" list (expected the official DocVQA layout)'),
-        ('{"data": {}}', 'no "data" list'),
+        ("{", "not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
+        ("[1]", "expected object, got array"),
+        ('{"data": {}}', "data: expected array, got object"),
         ('{"data": []}', "data[] is empty"),
-        ('{"data": [{"questionId": 1}]}', 'data[0] has no "question"'),
-        ('{"data": [7]}', 'data[0] has no "question"'),
-        ('{"data": [{"questionId": 1, "question": "a"}, {"question": "b"}]}', 'data[1] has no "questionId"'),
+        ('{"data": [{"questionId": 1}]}', "data[0]: question is missing"),
+        ('{"data": [7]}', "data[0]: expected object, got int"),
+        ('{"data": [{"question": "a", "image": "x"}]}', 'data[0] has no "questionId"'),
+        ('{"data": [{"questionId": 1, "question": "a"}, 7]}', 'data[0] has no "image"; none of the 2 records can be'),
         (
-            '{"data": [{"questionId": 1, "question": "a"}, {"questionId": "1", "question": "b"}]}',
-            "data[1] repeats questionId 1 of [0]",
-        ),
-        (
-            '{"data": [{"questionId": 1, "question": "a", "data_split": "train"}]}',
+            '{"data": [{"questionId": 1, "question": "a", "image": "x", "data_split": "train"}]}',
             "data[0] belongs to split 'train' (expected 'val')",
         ),
         ('{"dataset_split": "test", "data": []}', "holds split 'test' (expected 'val')"),
+        ('{"dataset_split": ["val"], "data": []}', "dataset_split: expected str | null, got array"),
     ],
 )
 def test_bad_json_is_one_line(tmp_path, text, message):
@@ -89,18 +93,99 @@ def test_missing_data(tmp_path):
     (tmp_path / "documents" / "page_1.png").unlink()
     with pytest.raises(UserError, match="documents/page_1.png: no such file"):
         dataset.image(1)
-    change(tmp_path / "val_v1.0.json", lambda content: content["data"][0].pop("image"))
-    with pytest.raises(UserError, match=r'data\[0\] has no "image"'):
-        read_docvqa_json(tmp_path / "val_v1.0.json", "validation").image(0)
+
+
+BAD_RECORDS = {
+    "of another type": (7, "expected object, got int"),
+    "a list": ([], "expected object, got array"),
+    "question missing": ({"question": None}, "question: expected str, got null"),
+    "question a number": ({"question": 5}, "question: expected str, got int"),
+    "question enormous": ({"question": "x" * 200_000}, "question: expected str of length <= 100000"),
+    "question no text": ({"question": "\ud800"}, "question holds a lone surrogate"),
+    "id missing": ({"questionId": None}, 'has no "questionId"'),
+    "id empty": ({"questionId": ""}, 'has no "questionId"'),
+    "id a list": ({"questionId": [1]}, "questionId: expected int | float | str | null, got array"),
+    "id repeated": ({"questionId": "101"}, "repeats questionId 101 of [1]"),
+    "id no text": ({"questionId": "\udfff"}, "docvqa_id holds a lone surrogate"),
+    "id long": ({"questionId": "9" * 5000}, "questionId has 5000 characters (expected at most 256)"),
+    "id NaN": ({"questionId": float("nan")}, "questionId: expected float"),
+    "answers no list": ({"answers": {}}, "answers: expected"),
+    "answers no texts": ({"answers": [[]]}, "answers[0]: expected int | float | str"),
+    "an answer that is no text": ({"answers": ["a", "\ud800"]}, "answers holds a lone surrogate"),
+    "another split": ({"data_split": "train"}, "belongs to split 'train'"),
+    "image missing": ({"image": None}, 'has no "image"'),
+    "image no name": ({"image": {}}, "image: expected str | null, got object"),
+    "image no text": ({"image": "\ud800.png"}, "image holds a lone surrogate"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RECORDS)
+def test_a_bad_record_is_a_sample_with_a_problem(tmp_path, kind):
+    changes, message = BAD_RECORDS[kind]
+    path = write_docvqa(tmp_path, 4)
+
+    def damage(content):
+        record = content["data"][2]
+        content["data"][2] = {**record, **changes} if isinstance(changes, dict) else changes
+
+    change(path, damage)
+    dataset = read_docvqa_json(path, "validation")
+    problem = dataset.samples[2].problem
+    assert problem.startswith(f"{path}: data[2]") and message in problem
+    assert problem.isprintable() and len(problem) <= 300
+    assert [bool(sample.problem) for sample in dataset.samples] == [False, False, True, False]
+    assert dataset.samples[3].id == 103 and dataset.image(3).size == (4, 1)
+
+
+def test_numbers_of_any_length_are_read(tmp_path):
+    path = write_docvqa(tmp_path, 3)
+    path.write_text(
+        path.read_text().replace('"questionId": 100', '"questionId": ' + "9" * 5000).replace("101", "9" * 20)
+    )
+    samples = read_docvqa_json(path, "validation").samples
+    assert "questionId has 5000 characters" in samples[0].problem and samples[1].id == int("9" * 20)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../data/documents/page_0.png", "documents/../../x.png", ".."])
+def test_image_names_cannot_leave_the_data(tmp_path, name):
+    path = write_docvqa(tmp_path / "data", 2)
+    change(path, lambda content: content["data"][0].update(image=name))
+    dataset = read_docvqa_json(path, "validation")
+    with pytest.raises(UserError, match="leaves the folder of the data"):
+        dataset.image(0)
+    assert dataset.image(1).size == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000, "x\0.png", "documents", "fifo", "nothing"])
+def test_image_names_that_are_no_files(tmp_path, name):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "nothing").symlink_to("nothing")
+    path = write_docvqa(tmp_path, 1)
+    change(path, lambda content: content["data"][0].update(image=name))
+    with pytest.raises(UserError):
+        read_docvqa_json(path, "validation").image(0)
+
+
+def test_links_in_the_data_are_followed(tmp_path):
+    """The hub's cache consists of links that leave the folder of the snapshot."""
+    path = write_docvqa(tmp_path / "blobs", 2)
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    (snapshot / "documents").symlink_to("../../blobs/documents")
+    assert read_docvqa_json(snapshot / path.name, "validation").image(1).size == (2, 1)
 
 
 def test_limits(tmp_path):
     path = write_docvqa(tmp_path, 7)
     dataset = read_docvqa_json(path, "validation")
     assert [len(dataset.take(limit).samples) for limit in (None, 1, 3.0, 100, 0.5, 0.01)] == [7, 1, 3, 7, 4, 1]
-    assert dataset.identity() == dataset.take(7).identity() != dataset.take(6).identity()
+    assert dataset.identity == dataset.take(6).identity and dataset.take(6).total == 7
+    for limit in (0, -1, 2.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--limit .*: expected a count of at least 1"):
+            dataset.take(limit)
     change(path, lambda content: content["data"][0].update(answers=["other"]))
-    assert dataset.identity() != read_docvqa_json(path, "validation").identity()
+    assert dataset.identity != read_docvqa_json(path, "validation").identity
 
 
 def test_prompts_and_scores_of_the_tasks():
@@ -132,7 +217,7 @@ def test_demo_pages(tmp_path):
     task = TASKS["demo"]
     dataset = task.open(None, 3, 30)
     assert len(dataset.samples) == 30 and dataset.samples == task.open(None, 3, 0.06).samples
-    assert dataset.identity() != task.open(None, 4, 30).identity()
+    assert dataset.identity == task.open(None, 3, 2).identity != task.open(None, 4, 30).identity
     assert dataset.image(0).mode == "RGB"
     for sample in dataset.samples:
         assert task.prompt(sample).endswith("single word or phrase.") == (sample.types[1] == "short")
@@ -181,7 +266,8 @@ def both(tmp_path):
 def test_parquet_equals_json(both):
     for folder in ("hub", "hub/DocVQA"):
         parquet, plain = (TASKS["docvqa_val"].open(str(both / name), 0, None) for name in (folder, "json"))
-        assert parquet.samples == plain.samples and parquet.identity() == plain.identity()
+        assert parquet.samples == tuple(replace(sample, image="") for sample in plain.samples)
+        assert parquet.identity == plain.identity
         for index in (0, 9, 4, 3, 6, 7):
             assert parquet.image(index).tobytes() == plain.image(index).tobytes()
     assert len(TASKS["docvqa_val"].open(str(both / "hub"), 0, 4).samples) == 4
@@ -232,6 +318,83 @@ def test_bad_parquet(both, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"reading parquet needs pyarrow \(pip install 'minivlm\[parquet\]'\)"):
         read_parquet_files([file], "validation")
+
+
+def write_columns(path, **columns):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+
+
+PICTURE = {"bytes": b"no image", "path": None}
+
+
+def test_bad_rows_are_samples_with_a_problem(tmp_path):
+    import pyarrow as pa
+
+    file = tmp_path / "validation-0.parquet"
+    questions = pa.array([b"a", b"\xff", b"c", None, b"e"]).cast(pa.binary())
+    questions = pa.StringArray.from_buffers(5, *questions.buffers()[1:], questions.buffers()[0])
+    write_columns(file, questionId=["1", "2", "x", "4", "1"], question=questions, image=[PICTURE] * 5)
+    problems = [sample.problem for sample in read_parquet_files([file], "validation").samples]
+    assert problems[0] == problems[2] == ""
+    assert "row 1 cannot be read" in problems[1] and "utf-8" in problems[1]
+    assert "row[3]: question: expected str, got null" in problems[3]
+    assert "row[4] repeats questionId 1 of [0]" in problems[4]
+
+
+def test_a_damaged_row_group_costs_its_own_samples(both):
+    import pyarrow.parquet as pq
+
+    file = both / "hub" / "DocVQA" / "validation-00000-of-00002.parquet"
+    metadata = pq.ParquetFile(file).metadata
+    names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    data = bytearray(file.read_bytes())
+    for name in ("question", "image.bytes"):
+        column = metadata.row_group(1).column(names.index(name))
+        start = column.dictionary_page_offset or column.data_page_offset
+        data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    file.write_bytes(data)
+    dataset = TASKS["docvqa_val"].open(str(both / "hub"), 0, None)
+    assert ["row group 1 cannot be read" in sample.problem for sample in dataset.samples] == [
+        3 <= i < 6 for i in range(10)
+    ]
+    with pytest.raises(UserError, match="row 1 of row group 1"):
+        dataset.image(4)
+    assert [dataset.image(i).width for i in (0, 6, 9)] == [1, 7, 10]
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"question": [], "image": []}, r"row\[\] is empty"),
+        ({"question": [1, 2], "image": [PICTURE] * 2}, "question: expected str, got int; none of the 2 records"),
+        ({"question": [b"a"], "image": [PICTURE]}, "question: expected str, got bytes"),
+        ({"question": [["a"]], "image": [PICTURE]}, "question: expected str, got array"),
+        ({"question": ["a"], "image": [PICTURE]}, 'has no "questionId"'),
+    ],
+)
+def test_parquet_without_a_usable_row(tmp_path, columns, message):
+    file = tmp_path / "validation-0.parquet"
+    write_columns(file, **columns)
+    with pytest.raises(UserError, match=message):
+        read_parquet_files([file], "validation")
+
+
+@pytest.mark.parametrize("images", [[1, 2], ["a", "b"], [{"path": "x"}] * 2, [[b"x"]] * 2])
+def test_an_image_column_without_images(tmp_path, images):
+    file = tmp_path / "validation-0.parquet"
+    write_columns(file, questionId=["1", "2"], question=["a", "b"], image=images)
+    with pytest.raises(UserError, match="row 1 of row group 0: no image"):
+        read_parquet_files([file], "validation").image(1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link"])
+def test_parquet_files_that_are_no_files(tmp_path, kind):
+    pytest.importorskip("pyarrow")
+    file = tmp_path / "validation-0.parquet"
+    {"folder": file.mkdir, "fifo": lambda: os.mkfifo(file), "link": lambda: file.symlink_to(file)}[kind]()
+    with pytest.raises(UserError, match="validation-0.parquet: "):
+        TASKS["docvqa_val"].open(str(tmp_path), 0, None)
 
 
 def test_columns_of_the_other_data_sets(tmp_path):

@@ -7,13 +7,15 @@ that figures can be compared. A task is one `Task` in a small file of this folde
 
 from __future__ import annotations
 
-from eval.accuracy.data import Dataset, OtherSplit
+from eval.accuracy.data import Dataset
+from eval.accuracy.records import OtherSplit
 from eval.accuracy.tasks.base import Task
 from eval.accuracy.tasks.demo import DEMO
 from eval.accuracy.tasks.docvqa import DOCVQA_TEST, DOCVQA_VAL
 from eval.accuracy.tasks.infovqa import INFOVQA_VAL
 from eval.accuracy.tasks.ocrbench import OCRBENCH
 from eval.accuracy.tasks.textvqa import TEXTVQA_VAL
+from eval.accuracy.words import printable
 from minivlm.errors import UserError
 
 __all__ = ["GROUPS", "TASKS", "Task", "open_tasks"]
@@ -40,9 +42,9 @@ def open_tasks(
     for name in filter(None, map(str.strip, names.split(","))):
         for start, title in _REFUSED.items():
             if name.lower().startswith(start):
-                raise UserError(f"task {name}: {title} is not supported ({known})")
+                raise UserError(f"task {printable(name, 60)}: {title} is not supported ({known})")
         if name not in TASKS and name not in GROUPS:
-            raise UserError(f"unknown task {name!r} ({known})")
+            raise UserError(f"unknown task {printable(name, 60)!r} ({known})")
         members = GROUPS.get(name, (name,))
         missing = []
         for member in members:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eval.accuracy.anls import anls
-from eval.accuracy.data import (
-    Dataset,
-    OtherSplit,
-    Sample,
-    download,
-    read_docvqa_json,
-    read_parquet_files,
-)
+from eval.accuracy.data import Dataset, download, read_docvqa_json
 from eval.accuracy.metrics import exact_match
+from eval.accuracy.parquet import read_parquet_files
+from eval.accuracy.records import OtherSplit, Sample
+from minivlm.files import exists, is_folder
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -48,16 +45,21 @@ class Task:
             "anls": anls(prediction, sample.answers),
         }
 
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The names of the scores."""
+        return frozenset(self.scores("", Sample(0, 0, "")))
+
     def open(self, data: str | None, seed: int, limit: float | None) -> Dataset:
         """Read the task's data from a folder, a JSON file or a hub id, limited by `limited_count`.
 
         `seed` matters only if pages are drawn. Raises `OtherSplit` if the data are there but not
         this task's split, and `UserError` for anything else.
         """
-        place = Path(data or self.hub).expanduser()
-        if not place.exists():
+        place = Path(os.path.expanduser(data or self.hub))
+        if not exists(place):
             place = download(data or self.hub, self.parquet)
-        files = place if place.is_file() else self.find(place)
+        files = self.find(place) if is_folder(place) else place
         if files is None:
             expected = " or ".join((*self.json, self.parquet))
             raise OtherSplit(f"{data or self.hub}: no {self.split} data for task {self.name} (expected {expected})")

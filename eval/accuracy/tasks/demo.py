@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from itertools import islice
 
-from eval.accuracy.data import Dataset, Sample, limited_count
+from eval.accuracy.data import Dataset, limited_count
+from eval.accuracy.records import Sample
 from eval.accuracy.tasks.base import Task
 from eval.demo.pages import LONG_TYPES, LONGEST_ANSWER, SUFFIX, heldout_pairs
 
@@ -29,7 +30,8 @@ class _Demo(Task):
             length = "long" if question.type in LONG_TYPES else "short"
             samples.append(Sample(index, index, question.text, (question.answer,), (question.type, length)))
             images.append(page.image)
-        return Dataset(f"demo pages, seed {seed}", tuple(samples), images.__getitem__)
+        name = f"demo pages, seed {seed}"
+        return Dataset(name, tuple(samples), images.__getitem__, total=PAGES, identity=name)
 
 
 DEMO = _Demo(

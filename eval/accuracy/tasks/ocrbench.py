@@ -8,8 +8,8 @@ limit is 128 tokens, as in lmms-eval.
 
 from __future__ import annotations
 
-from eval.accuracy.data import Sample
 from eval.accuracy.metrics import contains_match
+from eval.accuracy.records import Sample
 from eval.accuracy.tasks.base import Task
 
 

@@ -6,8 +6,8 @@ lmms-eval prints this accuracy under the name `exact_match`. Here it is `vqa_acc
 
 from __future__ import annotations
 
-from eval.accuracy.data import Sample
 from eval.accuracy.metrics import vqa_accuracy
+from eval.accuracy.records import Sample
 from eval.accuracy.tasks.base import Task
 
 
