@@ -49,6 +49,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"{path}: not a valid tokenizer ({' '.join(str(error).split())})") from None
     tokenizer.add_tokens(_tokens_to_add(settings, tokenizer))
+    _check_white_space(folder, tokenizer)
     return tokenizer
 
 
@@ -95,6 +96,17 @@ class Streamer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _check_white_space(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse added tokens that the library cannot tell apart: it aborts where two of them take the same space."""
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    if not any(token.rstrip for token in tokens):
+        return
+    for token in tokens:
+        found = tokenizer.normalizer.normalize_str(token.content) if tokenizer.normalizer else ""
+        if token.content[:1].isspace() or found[:1].isspace():
+            raise UserError(f"{folder}: the added token {token.content!r} begins with white space, others end in it")
 
 
 class _ModelType(msgspec.Struct):

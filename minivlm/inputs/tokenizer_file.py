@@ -69,7 +69,7 @@ class SplitPattern(Struct, omit_defaults=True, kw_only=True, rename={"text": "St
 
 
 class Prepend(Part, tag="Prepend"):
-    prepend: Text
+    prepend: Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class Replace(Part, tag="Replace"):
@@ -219,6 +219,10 @@ PostProcessor = Template | ByteLevel
 
 class PostProcessors(Part, tag="Sequence"):
     processors: Annotated[list[PostProcessor], Meta(max_length=8)]
+
+    def __post_init__(self) -> None:
+        if sum(isinstance(each, Template) for each in self.processors) > 1:
+            raise ValueError("processors has TemplateProcessing more than once")
 
 
 # The model and the whole
