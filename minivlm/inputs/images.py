@@ -10,7 +10,9 @@ pixels become white, as in the image processors. All sizes are (height, width).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +29,7 @@ from minivlm.model.config import VLMConfig
 
 # What photographs and pages come in. Pillow knows many more formats, some of which start other programs (EPS).
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")  # a phone's MPO is a JPEG
+_LIBTIFF = threading.Lock()  # images are read in several threads
 _LONGEST_EDGE = 1 << 18  # pixels. Resizing a longer edge alone takes gigabytes, and such an image is a line.
 
 
@@ -53,6 +56,8 @@ def read_image(file: BinaryIO, name: str) -> Image.Image:
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 raise UserError(f"{name}: holds several frames or pages (expected one image)")
             _check_size(image, name)
+            with _silent_libtiff() if image.format == "TIFF" else nullcontext():
+                image.load()
             return _loaded(ImageOps.exif_transpose(image), name)
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image, or damaged (expected {', '.join(_FORMATS)})") from None
@@ -62,6 +67,24 @@ def read_image(file: BinaryIO, name: str) -> Image.Image:
         raise
     except Exception as error:  # on damaged data, decoders raise OSError, SyntaxError, struct.error, ...
         raise UserError(f"{name}: the image cannot be read ({reason(error)})") from None
+
+
+@contextmanager
+def _silent_libtiff() -> Iterator[None]:
+    """Without what libtiff prints of damaged files, which goes to the process's standard error, past Python."""
+    with _LIBTIFF:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no standard error
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _loaded(image: Image.Image, name: str) -> Image.Image:

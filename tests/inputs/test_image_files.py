@@ -174,6 +174,17 @@ def test_truncated_files(suffix, tmp_path):
         refusal(path)
 
 
+def test_libtiff_is_silent(tmp_path, capfd):
+    path = tmp_path / "x.tiff"
+    Image.effect_noise((64, 64), 50).save(path, compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[12:40] = b"\xff" * 28
+    path.write_bytes(content)
+    refusal(path)
+    os.write(2, b"said afterwards")
+    assert capfd.readouterr().err == "said afterwards"
+
+
 def test_nonsense_beside_the_pixels(tmp_path):
     """A damaged profile or EXIF block is refused, or passed over; it never changes the pixels."""
     for i, extra in enumerate(
