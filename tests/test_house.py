@@ -28,6 +28,7 @@ CLEAN = {
     "minivlm/cache/policy.py": "import sys\nimport minivlm.errors\n",
     "minivlm/cache/policies/__init__.py": "from minivlm.cache.policies import avl\nREGISTRY = avl\n",
     "minivlm/cache/policies/avl.py": "from minivlm.cache.policy import Policy\n",
+    "minivlm/inputs/template_sandbox.py": "import sys\nsys.path += sys.argv[1:]\n",
     "minivlm/generation/generate.py": "from minivlm.cache import policy\n",
     "weights/__init__.py": "import minivlm\n",
     "eval/speed/peer_transformers.py": "from transformers import AutoModel\n",

@@ -22,11 +22,11 @@ import jinja2
 import markupsafe
 
 from minivlm.inputs import template_sandbox
-from minivlm.inputs.template_sandbox import MAX_CHARACTERS, MAX_SECONDS, TemplateFailure
+from minivlm.inputs.template_sandbox import MAX_SECONDS, TemplateFailure
 from minivlm.schema import decode
 
-_MAX_WAIT = 10  # seconds; much more than `MAX_SECONDS`, for loaded machines and slow disks
-_MAX_ANSWER = 12 * MAX_CHARACTERS + 100  # bytes; JSON writes a character with at most 12
+_MAX_WAIT = 30  # seconds; much more than `MAX_SECONDS`, for loaded machines and slow disks
+_MAX_LINE = 16 << 20  # bytes of a request or an answer; JSON writes each of `MAX_CHARACTERS` with at most 12
 # What Python itself may need to start, and the time zone of `strftime_now`.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
@@ -50,9 +50,12 @@ class TemplateProcess:
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text for variables that are plain data. Raises `TemplateFailure`."""
+        request = json.dumps([self._source, variables]).encode() + b"\n"
+        if len(request) > _MAX_LINE:
+            raise TemplateFailure(f"the messages are too long for it ({len(request)} bytes)")
         worker = self._take()
         try:
-            rendered, text = worker.ask(self._source, variables)
+            rendered, text = worker.ask(request)
         except BaseException:
             # Also after Ctrl-C: an answer that is still to come would be taken for that of the next request.
             worker.end()
@@ -98,15 +101,18 @@ class _Worker:
         """Whether the process runs and is ours, not one that a fork has left us with."""
         return self._owner == os.getpid() and self._process.poll() is None
 
-    def ask(self, source: str, variables: Mapping[str, Any]) -> tuple[bool, str]:
+    def ask(self, request: bytes) -> tuple[bool, str]:
         """Whether the template rendered, and its text or else the reason. Raises `ProcessEnded`."""
         watch = threading.Timer(_MAX_WAIT, self._process.kill)
-        watch.start()
+        try:
+            watch.start()
+        except RuntimeError as error:  # the system gives no more threads
+            raise ProcessEnded(f"the process for it cannot be watched ({error})") from None
         line = b""
         try:
-            self._requests.write(json.dumps([source, variables]).encode() + b"\n")
+            self._requests.write(request)
             self._requests.flush()
-            line = self._answers.readline(_MAX_ANSWER)
+            line = self._answers.readline(_MAX_LINE)
         except BrokenPipeError:
             pass  # the process has ended, and `line` says so
         finally:
@@ -127,7 +133,7 @@ class _Worker:
         if sys.platform != "win32" and status == -signal.SIGPROF:
             return f"it takes longer than {MAX_SECONDS} second"
         if sys.platform != "win32" and status == -signal.SIGKILL:
-            return f"the process that renders it gave no answer within {_MAX_WAIT} seconds"
+            return f"the process that renders it was killed, or did not answer within {_MAX_WAIT} seconds"
         return f"the process that renders it ended with status {status}"
 
 

@@ -1,27 +1,16 @@
-"""Chat templates: the text of transformers' apply_chat_template, the built-in ones, and templates that misbehave."""
+"""Chat templates: the text of transformers' apply_chat_template, the built-in ones, and messages that are refused."""
 
 import json
 
 import pytest
 
+from chat_templates import CONVERSATIONS, PARTS, SPECIAL, SYSTEM, answer, template, user
 from minivlm.errors import UserError
 from minivlm.inputs.processor import Processor
-from minivlm.inputs.templates import BUILT_IN, ChatTemplate, built_in
+from minivlm.inputs.templates import BUILT_IN, built_in
 from minivlm.model.config import VLMConfig
 from text_checkpoints import edit_json, write_checkpoint
 
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
-# In the manner of the hub's LLaVA templates: images first, then texts; the generation tag around answers.
-PARTS = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{# images #}{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\n' }}{% endfor %}"
-    "{% if message['role'] != 'assistant' %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
-    "{% else %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 HELPERS = (
     "{{ bos_token }}{% set ns = namespace(turns=0, last='') %}\n"
     "{% for message in messages %}\n"
@@ -41,31 +30,6 @@ TEXTS = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-
-
-def part(text: str) -> dict:
-    return {"type": "image"} if text == "<image>" else {"type": "text", "text": text}
-
-
-def user(*texts: str) -> dict:
-    return {"role": "user", "content": [part(text) for text in texts]}
-
-
-def answer(text: str) -> dict:
-    return {"role": "assistant", "content": [part(text)]}
-
-
-SYSTEM = {"role": "system", "content": [part("Be brief.")]}
-CONVERSATIONS = [
-    [user("<image>", "What is it?")],
-    [user("What is it?")],
-    [SYSTEM, user("<image>", "<image>", "Which?"), answer("<b> & é."), user("Why?")],
-    [user("one", "<image>", "two"), answer(" x "), user("", "<image>")],
-]
-
-
-def template(source: str, special: dict = SPECIAL) -> ChatTemplate:
-    return ChatTemplate(source, "test.jinja", "<image>", special)
 
 
 @pytest.mark.parametrize("source", [PARTS, HELPERS], ids=["parts", "helpers"])
@@ -202,59 +166,6 @@ def test_special_tokens_are_variables(tmp_path):
     expected = reference.apply_chat_template([user("<image>", "What?")], add_generation_prompt=True)
     assert Processor.from_folder(tmp_path, config).question("What?", 1) == expected
     assert expected.endswith("<s></s><unk><unk>")
-
-
-ESCAPES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update(role='x') }}",
-    "{{ lipsum.__globals__['os'].system('true') }}",
-    "{{ cycler.__init__.__globals__ }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ strftime_now.__code__ }}",
-    "{{ '{0.__class__}'.format(1) }}",
-    "{{ self._TemplateReference__context }}",
-    "{% set n = namespace(__class__=1) %}",
-    "{% set n = namespace() %}{% set n.__class__ = 1 %}",
-    "{{ namespace.__init__.__globals__ }}",
-    "{{ dict.__globals__ }}",
-    "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}",
-    "{% set x %}{% endset %}{{ x.__html__.__func__ }}",
-    "{{ messages | attr('__class__') | string }}",
-    "{% for i in [1] %}{{ loop.__init__.__globals__ }}{% endfor %}",
-]
-BOMBS = [
-    "{% for i in range(10 * 100000) %}{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% set r = range(9999) | list %}"
-    "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(30) }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% for a in [[[[]]]] recursive %}{{ loop(a) }}{{ loop([a, a]) }}{% endfor %}",
-    "{{ 'a' * 10000000000 }}",
-    "{{ 10000000000 * [1] }}",
-    "{{ 9 ** 9 ** 9 ** 9 }}",
-    "{% set take_step = 1 %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}",
-    "{{ raise_exception('on purpose') }}",
-    "{{ 1 / 0 }}",
-    "{% if %}",
-    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "{{ messages[0].content.nothing.more }}",
-    "an answer for everything",
-    "",
-]
-
-
-@pytest.mark.parametrize("source", ESCAPES + BOMBS)
-def test_templates_that_misbehave(source):
-    """The bad part stands before a good template, so that nothing but the bad part can be what fails."""
-    good = "" if source in ("an answer for everything", "") else PARTS
-    with pytest.raises(UserError) as excinfo:
-        template(source + good)
-    message = str(excinfo.value)
-    assert message.startswith("test.jinja: the chat template") and "\n" not in message and len(message) < 300
 
 
 @pytest.mark.parametrize(
