@@ -18,9 +18,8 @@ import torch
 
 from eval.accuracy.outcomes import Outcome, metrics_in
 from eval.accuracy.report import figures_of
-from eval.accuracy.rows import read_rows
+from eval.accuracy.rows import misfit, read_rows
 from eval.accuracy.run_results import RunResults, decode_results
-from eval.accuracy.tasks import TASKS
 from eval.accuracy.words import printable
 from minivlm.app.cli import Parser
 from minivlm.errors import UserError
@@ -65,11 +64,9 @@ def _outcomes_of(results: RunResults, path: Path) -> dict[str, list[Outcome]]:
     """
 
     def problem(outcome: Outcome) -> str:
-        if outcome.task not in results.settings.tasks or outcome.task not in TASKS:
-            return f"unknown task {outcome.task!r}"
-        if unknown := (outcome.scores or {}).keys() - TASKS[outcome.task].metrics:
-            return f"unknown metric {min(unknown)!r}"
-        return "" if outcome.code == results.code else f"answered by code {outcome.code}, not {results.code}"
+        if outcome.code != results.code:
+            return f"answered by code {outcome.code}, not {results.code}"
+        return misfit(outcome, results.settings)
 
     again = "run it again, and what is damaged is mended"
     rows = read_rows(path, problem)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.accuracy.outcomes import Outcome
+from eval.accuracy.run_settings import RunSettings
+from eval.accuracy.tasks import TASKS
 from eval.accuracy.words import printable
 from minivlm.errors import UserError
 from minivlm.files import exists, read_bytes
@@ -57,6 +59,16 @@ def read_rows(path: Path, problem: Callable[[Outcome], str]) -> Rows:
             if outcome.answered:
                 answered[sample] = number
     return rows
+
+
+def misfit(outcome: Outcome, settings: RunSettings) -> str:
+    """Why an outcome cannot come from a run with these settings; empty if it can."""
+    if outcome.task not in settings.tasks or outcome.task not in TASKS:
+        return f"unknown task {outcome.task!r}"
+    if outcome.answered and (outcome.scores is None) != settings.predict_only:
+        return "scores that were not asked for" if settings.predict_only else "no scores"
+    unknown = (outcome.scores or {}).keys() - TASKS[outcome.task].metrics
+    return f"unknown metric {min(unknown)!r}" if unknown else ""
 
 
 def _inconsistency(outcome: Outcome) -> str:

@@ -35,9 +35,10 @@ from eval.accuracy.words import printable
 from eval.json_files import write_json
 from minivlm.app.cli import note
 from minivlm.errors import UserError
-from minivlm.files import exists, is_folder, read_bytes, reason, write_whole
+from minivlm.files import exists, is_folder, open_file, read_bytes, reason, write_whole
 
 _NAMED_LINES = 5  # damaged lines that are named one by one
+_LONGEST_NOTE = 5000  # characters; a path may have 4096
 
 
 class RunFolder:
@@ -76,7 +77,7 @@ class RunFolder:
         for row in self._rows.good:
             (self._stale if force or row.outcome.code != self.code else self._current).append(row)
         for line in (*self._damage_in_words(), *self._stale_in_words(force)):
-            note(line)
+            note(printable(line, _LONGEST_NOTE))
         return {row.outcome.key: row.outcome for row in self._current}
 
     def append(self, outcomes: Sequence[Outcome]) -> None:
@@ -88,7 +89,7 @@ class RunFolder:
         self._unwritten += outcomes
         if not exists(self.path) and not any(outcome.answered for outcome in self._unwritten):
             return
-        self._put_in_order()
+        self.put_in_order()
         data = b"".join(msgspec.json.encode(outcome) + b"\n" for outcome in self._unwritten)
         self._unwritten = []
         try:
@@ -102,6 +103,19 @@ class RunFolder:
             kept = "earlier answers are kept, and the same command continues from there"
             raise UserError(f"{self.samples}: cannot be written ({reason(error)}); {kept}") from None
 
+    def put_in_order(self) -> None:
+        """Make the folder, or put aside and cut off what `open` has found, before anything else is written."""
+        if self._in_order:
+            return
+        _make(self.path)
+        if not self._has_settings:
+            write_json(self.path / "settings.json", msgspec.to_builtins(self.settings))
+        if self._stale:
+            self._put_aside()
+        if self._stale or self._rows.damaged or self._rows.torn:
+            _write_rows(self.samples, self._current)
+        self._stale, self._in_order = [], True
+
     def read_results(self) -> RunResults | None:
         """What results.json says; None if there is none of this code, or a damaged one, with a note."""
         if self._stale or not exists(self.results):
@@ -110,17 +124,17 @@ class RunFolder:
         try:
             results = decode_results(data, str(self.results))
         except UserError as error:
-            note(f"{error}; it is computed again from the rows")
+            note(printable(f"{error}; it is computed again from the rows", _LONGEST_NOTE))
             return None
         return results if results.code == self.code and results.settings == self.settings else None
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file of the folder."""
-        self._put_in_order()
+        self.put_in_order()
         write_json(self.path / name, msgspec.to_builtins(content))
 
     def _expect_folder(self) -> None:
-        """Refuse what is no folder of this place, and links in it: writing through them would leave the folder."""
+        """Refuse what is no folder, files that are none, and links: writing through them would leave the folder."""
         if not is_folder(self.path):
             raise UserError(f"{self.path}: is no folder (expected that of a run)")
         links = [] if self._is_root else [self.path]
@@ -130,6 +144,9 @@ class RunFolder:
             raise UserError(f"{self.path}: cannot be read ({reason(error)})") from None
         for path in filter(Path.is_symlink, links):
             raise UserError(f"{path}: is a link (expected what belongs to the run itself)")
+        for path in (self.samples, self.results):
+            if exists(path):
+                open_file(path).close()
 
     def _read_settings(self) -> bool:
         """Whether settings.json holds this run's settings; false if it has to be written (again).
@@ -146,7 +163,8 @@ class RunFolder:
         except UserError as error:
             if not self.path.name.endswith(f"_{self.settings.hash()}"):
                 raise
-            note(f"{error}; it is written again, as the folder's name says for which settings it is")
+            again = "it is written again, as the folder's name says for which settings it is"
+            note(printable(f"{error}; {again}", _LONGEST_NOTE))
             return False
         if difference := first_difference(stored, self.settings):
             raise UserError(f"{self.path}: holds a run with other settings ({difference}); name another --output_path")
@@ -166,19 +184,6 @@ class RunFolder:
         why = "--force" if force else f"the code is now {self.code}"
         files = " and ".join(self._aside("samples", code).name for code in codes)
         return [f"{self.path}: {len(self._stale)} rows do not count ({why}) and are kept in {files}; all is asked anew"]
-
-    def _put_in_order(self) -> None:
-        """Make the folder, or put aside and cut off what `open` has found; before anything is written."""
-        if self._in_order:
-            return
-        _make(self.path)
-        if not self._has_settings:
-            write_json(self.path / "settings.json", msgspec.to_builtins(self.settings))
-        if self._stale:
-            self._put_aside()
-        if self._stale or self._rows.damaged or self._rows.torn:
-            _write_rows(self.samples, self._current)
-        self._stale, self._in_order = [], True
 
     def _put_aside(self) -> None:
         # The rows leave samples.jsonl last: killed in between, the next start does it all again.

@@ -11,6 +11,7 @@ import msgspec
 from eval.accuracy.data import Dataset
 from eval.accuracy.identity import code_hash
 from eval.accuracy.outcomes import Outcome
+from eval.accuracy.rows import misfit
 from eval.accuracy.run_names import run_label
 from eval.accuracy.run_settings import RunSettings, TaskSettings
 from eval.accuracy.tasks import Task
@@ -98,15 +99,11 @@ class RunSpec:
 
         Of samples beyond the limit only the index is checked.
         """
-        task, dataset = {task.name: (task, dataset) for task, dataset in self.tasks}.get(outcome.task, (None, None))
-        if task is None or dataset is None:
-            return f"unknown task {outcome.task!r}"
+        if reason := misfit(outcome, self.settings_record()):
+            return reason
+        dataset = next(dataset for task, dataset in self.tasks if task.name == outcome.task)
         if outcome.index >= dataset.total:
             return f"index {outcome.index} of {dataset.total} samples"
         if outcome.index < len(dataset.samples) and outcome.id != (expected := dataset.samples[outcome.index].id):
             return f"id {outcome.id!r} where the data have {expected!r}"
-        if outcome.answered and (outcome.scores is None) != self.predict_only:
-            return "scores that were not asked for" if self.predict_only else "no scores"
-        if unknown := (outcome.scores or {}).keys() - task.metrics:
-            return f"unknown metric {min(unknown)!r}"
         return ""

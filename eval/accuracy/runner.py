@@ -69,7 +69,7 @@ def evaluate(
     samples = [(task.name, sample.index) for task, dataset in spec.tasks for sample in dataset.samples]
     done = sum(key in outcomes and outcomes[key].answered for key in samples)
     if done and processes.rank == 0:
-        note(f"{done} of {len(samples)} already answered in {folder.path}")
+        note(f"{done} of {len(samples)} already answered in {printable(str(folder.path), 5000)}")
     started = time.perf_counter()
     if asked := processes.broadcast(done) < len(samples):
         model = load()
@@ -80,6 +80,7 @@ def evaluate(
 
     by_task = {task.name: [outcomes[task.name, s.index] for s in dataset.samples] for task, dataset in spec.tasks}
     _write_submissions(spec, by_task, folder)
+    folder.put_in_order()
     stored = folder.read_results()
     if asked or stored is None:
         circumstances = circumstances_of(spec, load(), time.perf_counter() - started, processes.world)
