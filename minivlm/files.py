@@ -13,8 +13,8 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from minivlm.errors import UserError
 
@@ -28,7 +28,7 @@ _KINDS = {
 _MAX_BYTES = 1 << 28  # of a file that is read whole; the largest tokenizers and data sets have a tenth of that
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """A regular file, opened for reading.
 
     Raises `UserError` for anything else, without waiting: a FIFO or a device is not read.
