@@ -10,17 +10,19 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from minivlm.errors import UserError
+from minivlm.files import exists
 from minivlm.generation.compile import missing_compiler
 from minivlm.generation.vlm import VLM
 from minivlm.inputs.processor import Processor
 from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
-from minivlm.schema import read_json_object
+from minivlm.schema import read_json, read_optional_json
 from weights.find import find_checkpoint
 from weights.layout import match
 from weights.read import fill, read_headers
@@ -60,7 +62,7 @@ def load(
     # The small files are read first, so that mistakes in them are reported before gigabytes are
     # read.
     processor = None
-    if (folder / "tokenizer.json").is_file():
+    if exists(folder / "tokenizer.json"):
         processor = Processor.from_folder(folder, read_config(folder), pad_to_square=pad_to_square)
     llava = load_model(folder, device=device, dtype=dtype, progress=progress)
     missing = missing_compiler(llava.lm_head.weight.device) if compile else None
@@ -107,16 +109,16 @@ def read_config(folder: Path) -> VLMConfig:
     Raises `UserError` if there is no `config.json`, or it describes something that is not
     supported.
     """
-    if not (folder / "config.json").is_file():
+    if not exists(folder / "config.json"):
         raise UserError(f"{folder}: no config.json (expected a checkpoint folder in Hugging Face layout)")
-    generation = read_json_object(folder / "generation_config.json")
-    return VLMConfig.from_dict(read_json_object(folder / "config.json"), generation)
+    generation = read_optional_json(folder / "generation_config.json", dict[str, Any])
+    return VLMConfig.from_dict(read_json(folder / "config.json", dict[str, Any]), generation)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?", name):
         raise UserError(f"device {name!r} is not supported (expected auto, cpu, cuda or cuda:N)")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -8,6 +8,7 @@ complete cached copy is used.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from minivlm.errors import UserError
+from minivlm.files import exists, is_folder
 from weights.read import INDEX, WEIGHTS, shard_names
 
 DEMO = Path(__file__).parent / "demo"
@@ -46,25 +50,36 @@ def find_checkpoint(model: str | Path | None = None) -> Path:
     """
     if model is None:
         return DEMO
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))  # unlike Path.expanduser, keeps the name of an unknown user
+    if is_folder(folder):
         return folder
-    if folder.exists():
-        raise UserError(f"{model}: is a file (expected a checkpoint folder or a hub id)")
-    if isinstance(model, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model, re.ASCII):
+    if exists(folder):
+        raise UserError(f"{model}: is no folder (expected a checkpoint folder or a hub id)")
+    if isinstance(model, Path) or not _is_hub_id(model):
         raise UserError(f"{model}: no such folder, and not a hub id (expected owner/name)")
     # The index, if there is one, says which files hold the weights. They are taken from the commit
     # of the index.
     folder = _fetch(model, None, _SMALL_FILES)
     files = [WEIGHTS]
-    if (folder / INDEX).is_file():
+    if exists(folder / INDEX):
         files = sorted(set(shard_names(folder / INDEX).values()))
     folder = _fetch(model, folder.name, files)
-    if missing := [file for file in ["config.json", *files] if not (folder / file).is_file()]:
+    if missing := [file for file in ["config.json", *files] if not exists(folder / file)]:
         raise UserError(
             f"{model}: the hub repository, or its cached copy, has no {', '.join(missing)} (commit {folder.name})"
         )
     return folder
+
+
+def _is_hub_id(model: str) -> bool:
+    """Whether the hub could have a repository of this name; only then is it asked."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII):
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _fetch(repo: str, commit: str | None, files: list[str]) -> Path:

@@ -11,24 +11,43 @@ that is cut short while it is mapped kills the process.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from minivlm.errors import UserError
-from minivlm.schema import read_json_object
+from minivlm.files import exists, open_file, reason
+from minivlm.schema import convert, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+_MAX_HEADER = 1 << 24  # bytes; large models have a hundredth of that
 _STAGE = 16 << 20  # bytes read at once: all the memory that loading needs besides the tensors
+
+
+_Count = Annotated[int, Meta(ge=0, lt=1 << 48)]  # bytes, or elements along a dimension
+
+
+class _Index(Struct):
+    weight_map: dict[str, str]
+
+
+class _Entry(Struct):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[tuple[_Count, ...], Meta(max_length=16)]
+    data_offsets: tuple[_Count, _Count]  # of its first byte, and of that after its last
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,11 @@ def shard_names(index: Path) -> dict[str, str]:
     Raises `UserError` if a shard is not a plain file name. An index that names `../x` or an
     absolute path could make us read, or download, something that does not belong to the checkpoint.
     """
-    names = read_json_object(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index}: no weight_map (expected an object of tensor name: file name)")
+    names = read_json(index, _Index).weight_map
+    if not names:
+        raise UserError(f"{index}: weight_map is empty (expected tensor name: file name)")
     for name, file in names.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file, re.ASCII):
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file, re.ASCII):
             raise UserError(f"{index}: {name} is in {file!r} (expected a .safetensors file name inside the folder)")
     return names
 
@@ -65,8 +84,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     is missing, a file is damaged, or the index and the shards disagree.
     """
     index = folder / INDEX
-    if not index.is_file():
-        if not (folder / WEIGHTS).is_file():
+    if not exists(index):
+        if not exists(folder / WEIGHTS):
             pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
             hint = ""
             if pickles:
@@ -76,7 +95,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     names = shard_names(index)
     tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(names.values()):
-        if not (folder / file).is_file():
+        if not exists(folder / file):
             raise UserError(f"{folder / file}: shard is missing ({INDEX} names it)")
         for name, tensor in read_header(folder / file).items():
             if name in tensors:
@@ -93,23 +112,27 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises `UserError` unless the header describes every byte of the file.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+    with open_file(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
+            if length > size - 8:
                 raise UserError(
                     f"{path}: header of {length} bytes in a file of {size} (truncated, or not a safetensors file)"
                 )
+            if length > _MAX_HEADER:
+                raise UserError(f"{path}: header of {length} bytes (expected at most {_MAX_HEADER})")
             text = file.read(length)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     try:
+        # msgspec would silently keep the last of equal keys.
         header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
-        tensors = [_entry(path, name, entry, 8 + length) for name, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged safetensors header ({error})") from None
+    header = convert(header, dict[str, Any], f"{path}: damaged safetensors header")
+    header.pop("__metadata__", None)
+    tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
     # Sorted by their place, the tensors have to follow one another without gaps up to the end of
     # the file.
     end = 8 + length
@@ -139,7 +162,7 @@ def fill(tensors: Iterable[tuple[StoredTensor, Tensor]], progress: Callable[[int
     in_order = sorted(tensors, key=lambda pair: (pair[0].file, pair[0].start))
     for path, pairs in groupby(in_order, key=lambda pair: pair[0].file):
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 for stored, target in pairs:
                     file.seek(stored.start)
                     source = staged.view(DTYPES[stored.dtype])
@@ -150,24 +173,28 @@ def fill(tensors: Iterable[tuple[StoredTensor, Tensor]], progress: Callable[[int
                         piece.copy_(source[: piece.numel()])
                         progress(wanted)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object as a dictionary; `json` alone would silently keep the last of equal keys."""
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    """A JSON object as a dictionary; raises `ValueError` for a key that is there twice."""
+    entries: dict[str, object] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise ValueError(f"{name} is there twice")
+        entries[name] = value
     return entries
 
 
-def _entry(path: Path, name: str, entry: dict, data_start: int) -> StoredTensor:
-    """One tensor's entry in a header; raises `ValueError` or `KeyError` if it makes no sense."""
-    begin, end = entry["data_offsets"]
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or end < begin:
-        raise ValueError(f"{name} has shape {entry['shape']} and data_offsets {entry['data_offsets']}")
-    if dtype in DTYPES and prod(shape) * DTYPES[dtype].itemsize != end - begin:
-        raise ValueError(f"{name} of {dtype} {list(shape)} does not fill its {end - begin} bytes")
-    return StoredTensor(path, name, dtype, shape, data_start + begin, end - begin)
+def _stored(path: Path, name: str, content: object, data_start: int) -> StoredTensor:
+    """One tensor of a header, checked."""
+    damaged = f"{path}: damaged safetensors header"
+    entry = convert(content, _Entry, damaged, name)
+    begin, end = entry.data_offsets
+    if end < begin:
+        raise UserError(f"{damaged} ({name} has data_offsets {list(entry.data_offsets)})")
+    if entry.dtype in DTYPES and prod(entry.shape) * DTYPES[entry.dtype].itemsize != end - begin:
+        raise UserError(
+            f"{damaged} ({name} of {entry.dtype} {list(entry.shape)} does not fill its {end - begin} bytes)"
+        )
+    return StoredTensor(path, name, entry.dtype, entry.shape, data_start + begin, end - begin)

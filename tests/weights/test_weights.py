@@ -197,18 +197,27 @@ def test_missing_shard(sharded):
 
 
 @pytest.mark.parametrize(
-    "file", ["../{}", "/etc/{}", "sub/{}", "..\\{}", "..", "", None, ["{}"], "*.safetensors", "model.bin"]
+    "file", ["../{}", "/etc/{}", "sub/{}", "..\\{}", "..", "", "{}\n", "*.safetensors", "model.bin"]
 )
 def test_index_that_points_outside(sharded, file):
     shutil.copy(sharded / SHARD, sharded.parent / SHARD)
-    wrong = file.format(SHARD) if isinstance(file, str) else file
-    edit_json(sharded / INDEX, lambda c: c["weight_map"].update({"image_newline": wrong}))
+    edit_json(sharded / INDEX, lambda c: c["weight_map"].update({"image_newline": file.format(SHARD)}))
     refused(lambda: load_model(sharded), INDEX, "image_newline", "inside the folder")
 
 
-def test_index_without_a_map(sharded):
-    edit_json(sharded / INDEX, lambda c: c.pop("weight_map"))
-    refused(lambda: load_model(sharded), INDEX, "weight_map")
+@pytest.mark.parametrize(
+    "weight_map, said",
+    [
+        (..., "weight_map is missing"),
+        ({}, "weight_map is empty"),
+        ([], "weight_map: expected object, got array"),
+        ({"image_newline": None}, "weight_map[...]: expected str, got null"),
+        ({"image_newline": [SHARD]}, "weight_map[...]: expected str, got array"),
+    ],
+)
+def test_index_without_a_map(sharded, weight_map, said):
+    tiny.dump(sharded / INDEX, {} if weight_map is ... else {"weight_map": weight_map})
+    refused(lambda: load_model(sharded), INDEX, said)
 
 
 def test_index_names_a_tensor_that_is_not_there(sharded):
@@ -322,7 +331,7 @@ def test_a_file_that_shrinks_while_it_is_read(single):
     target = torch.empty(last.shape, dtype=weights.read.DTYPES[last.dtype])
     refused(lambda: weights.read.fill([(last, target)], lambda _: None), SINGLE, last.name)
     (single / SINGLE).unlink()
-    refused(lambda: weights.read.fill([(last, target)], lambda _: None), SINGLE, "No such file")
+    refused(lambda: weights.read.fill([(last, target)], lambda _: None), SINGLE, "no such file")
 
 
 def test_the_tokenizer_is_checked_before_the_weights_are_read(single, monkeypatch):
