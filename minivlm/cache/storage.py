@@ -2,20 +2,27 @@
 
 One safetensors file. Its tensors are the layers' buffers as they are, dead slots included, and what the host knows of
 each sequence; its metadata are the policy with all its numbers, the decoder's configuration, and counters. Step tables
-and bounds follow from these and are made anew. A file is not trusted: whatever a step would index with is checked.
+and bounds follow from these and are made anew.
+
+A file is not trusted. Whatever a step would index with is checked, and a tensor's shape before it is allocated. A
+checksum (SHA-256) of the metadata and of every byte refuses values that have changed; it costs one pass over the bytes
+on the host, and it does not show who wrote the file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from msgspec import Meta
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,13 +30,25 @@ from minivlm.cache.buffers import LayerBuffers
 from minivlm.cache.counts import EntryCounts, SequenceState
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.slots import SlotLayout
+from minivlm.cache.state import StepKind
 from minivlm.errors import UserError
 from minivlm.files import write_whole
+from minivlm.schema import convert, decode
+from minivlm.tensor_files import TensorFile
 
-_VERSION = 3
-_KEY = "minivlm.kv_cache"  # of the metadata
+_VERSION = 4
+_KEY, _CHECKSUM = "minivlm.kv_cache", "minivlm.sha256"  # of the metadata
 _BUFFERS = ("k", "v", "position", "score", "vision_attn", "in_core_step", "write_slot")
 _COUNTS = ("vision", "core", "system", "tail", "tail_capacity")  # the fields of `EntryCounts`
+
+
+class _Counters(msgspec.Struct):
+    """What the metadata say beside the policy and the configuration."""
+
+    samples: list[Annotated[int, Meta(ge=-(2**62), le=2**62)]]
+    lengths: list[Annotated[int, Meta(ge=1)]]
+    turns: Annotated[int, Meta(ge=1, le=2**62)]
+    step_kinds: list[StepKind]
 
 
 def save_cache(cache: KVCache, path: Path) -> None:
@@ -45,6 +64,7 @@ def save_cache(cache: KVCache, path: Path) -> None:
     for row, sequence in enumerate(cache.sequences):
         for name in ("evictable_positions", "vision_positions", "tail_lengths"):
             tensors[f"sequences.{row}.{name}"] = torch.tensor(getattr(sequence, name), dtype=torch.int64)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         **_identity(cache, cache.layers[0].k.dtype),
         "samples": [sequence.sample for sequence in cache.sequences],
@@ -52,10 +72,12 @@ def save_cache(cache: KVCache, path: Path) -> None:
         "turns": cache.num_turns,
         "step_kinds": cache.step_kinds,
     }
+    text = json.dumps(metadata)
+    checksum = checksum_of(text, {name: checksum_of_tensor(tensor) for name, tensor in tensors.items()})
 
     def write(temporary: Path) -> None:
         try:
-            save_file(tensors, temporary, {_KEY: json.dumps(metadata)})
+            save_file(tensors, temporary, {_KEY: text, _CHECKSUM: checksum})
         except SafetensorError as error:
             raise OSError(str(error)) from None
 
@@ -68,24 +90,35 @@ def load_cache(cache: KVCache, path: Path, dtype: torch.dtype) -> None:
     Raises `UserError`, and changes nothing, for a damaged file and for one of another policy, configuration, dtype or
     number of sequences.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _read_metadata(file.metadata() or {})
-            _refuse_mismatch(metadata, json.loads(json.dumps(_identity(cache, dtype))))
-            stored = _Stored(file, metadata, cache, dtype)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    with TensorFile(path) as file:
+        if not {_KEY, _CHECKSUM} <= file.metadata.keys():
+            raise UserError(f"{path}: not a saved cache (expected metadata under {_KEY} and {_CHECKSUM})")
+        text = file.metadata[_KEY]
+        name = f"{path}: damaged metadata"
+        metadata = decode(text, dict[str, Any], name)
+        _refuse_mismatch(f"{path}: saved with ", metadata, json.loads(json.dumps(_identity(cache, dtype))))
+        stored = _Stored(file, convert(metadata, _Counters, name), cache, dtype)
+        if file.metadata[_CHECKSUM] != checksum_of(text, stored.checksums):
+            raise UserError(f"{path}: damaged (its checksum is that of other content)")
     cache.sequences = stored.sequences
     cache.layers[:] = stored.layers
-    cache.num_turns, cache.step_kinds = metadata["turns"], metadata["step_kinds"]
+    cache.num_turns, cache.step_kinds = stored.counters.turns, stored.counters.step_kinds
     cache.max_steps = stored.max_steps
     cache.fill_tables()
     cache.stored.copy_(stored.stored)
     cache.active.copy_(stored.active)
+
+
+def checksum_of(metadata: str, tensors: Mapping[str, str]) -> str:
+    """The checksum of a saved cache, from the text of its metadata and the checksums of its tensors by name."""
+    return hashlib.sha256(json.dumps([metadata, sorted(tensors.items())]).encode()).hexdigest()
+
+
+def checksum_of_tensor(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _identity(cache: KVCache, dtype: torch.dtype) -> dict[str, Any]:
@@ -113,60 +146,39 @@ def _described(part: object) -> dict[str, Any]:
     return {"rule": None if part is None else type(part).__name__}
 
 
-def _refuse_mismatch(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    saved = dict(_flat(theirs))
-    for name, value in _flat(ours):
-        if saved.get(name) != value:
-            raise UserError(f"saved with {name} {json.dumps(saved.get(name))}, to be loaded with {json.dumps(value)}")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values."""
-    for key, value in tree.items():
+def _refuse_mismatch(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise `UserError`, beginning with `name`, unless all of `ours` is among `theirs`."""
+    for key, value in ours.items():
+        given = theirs.get(key)
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    if _KEY not in metadata:
-        raise UserError(f"not a saved cache (expected metadata under {_KEY})")
-    try:
-        content = json.loads(metadata[_KEY])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"damaged metadata ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError("damaged metadata (expected an object)")
-    return content
+            _refuse_mismatch(f"{name}{key}.", given if isinstance(given, dict) else {}, value)
+        elif given != value:
+            said = "more than a value" if isinstance(given, (dict, list)) else json.dumps(given)
+            raise UserError(f"{name}{key} {said}, to be loaded with {json.dumps(value)}")
 
 
 class _Stored:
     """A file's tensors, each one checked, in new layers on the cache's device."""
 
-    def __init__(self, file: Any, metadata: dict[str, Any], cache: KVCache, dtype: torch.dtype) -> None:
-        self.file, self.cache, self.dtype = file, cache, dtype
-        self.names = set(file.keys())
+    def __init__(self, file: TensorFile, counters: _Counters, cache: KVCache, dtype: torch.dtype) -> None:
+        self.file, self.counters, self.cache, self.dtype = file, counters, cache, dtype
+        self.checksums: dict[str, str] = {}  # of the tensors that were read
         batch, context = len(cache.sequences), cache.config.context_length
-        _check_integers("samples", metadata.get("samples"), batch, -(2**62), 2**62)
-        _check_integers("lengths", metadata.get("lengths"), batch, 1, context)
-        _check_integers("turns", [metadata.get("turns")], 1, 1, 2**62)
-        kinds = metadata.get("step_kinds")
-        if not isinstance(kinds, list) or not all(kind in ("core", "refresh", "full") for kind in kinds):
-            raise UserError("damaged metadata (step_kinds)")
-        samples, sequence_lengths = metadata["samples"], metadata["lengths"]
+        samples, sequence_lengths, kinds = counters.samples, counters.lengths, counters.step_kinds
+        if len(samples) != batch or len(sequence_lengths) != batch or max(sequence_lengths) > context:
+            raise self._damaged(f"expected samples and lengths up to {context} of {batch} sequences")
         self.sequences = [self._read_sequence(row, samples[row], sequence_lengths[row]) for row in range(batch)]
         self.max_steps = len(self.sequences[0].tail_lengths[0]) - 1
         agreeing = all(
             len(lengths) == self.max_steps + 1 for sequence in self.sequences for lengths in sequence.tail_lengths
         )
         if len(kinds) > self.max_steps or not agreeing:
-            raise UserError("damaged (steps that do not agree)")
+            raise self._damaged("steps that do not agree")
         self.stored = self._read("stored", (batch,), torch.int64, (0, len(kinds)))
         self.active = self._read("active", (batch,), torch.bool)
         self.layers = [self._read_layer(layer_idx) for layer_idx in range(cache.config.num_hidden_layers)]
-        if self.names:
-            raise UserError(f"damaged (unexpected tensor {min(self.names)!r})")
+        if more := file.tensors.keys() - self.checksums:
+            raise self._damaged(f"unexpected tensor {min(more)!r}")
 
     def _read_sequence(self, row: int, sample: int, length: int) -> SequenceState:
         prefix, groups = f"sequences.{row}", len(self.cache.budgets)
@@ -182,7 +194,7 @@ class _Stored:
             for lengths in tails
         )
         if not ascending or not growing:
-            raise UserError(f"damaged (the lists of sequence {row})")
+            raise self._damaged(f"the lists of sequence {row}")
         return SequenceState(sample, length, vision, evictable, tails)
 
     def _read_layer(self, layer_idx: int) -> LayerBuffers:
@@ -212,7 +224,7 @@ class _Stored:
             buffers.mark_core(row, core.to(cache.device))
             same = torch.equal(buffers.in_core_step[row].cpu(), tensors["in_core_step"][row])
             if int(core.sum()) != row_counts.core or not same:
-                raise UserError(f"damaged ({prefix}.in_core_step)")
+                raise self._damaged(f"{prefix}.in_core_step")
         for name, tensor in tensors.items():
             getattr(buffers, name).copy_(tensor)
         buffers.list_core()
@@ -229,7 +241,7 @@ class _Stored:
                 lengths[0],
                 capacity,
             ):
-                raise UserError(f"damaged ({name})")
+                raise self._damaged(f"{name}")
         return counts
 
     def _read(
@@ -240,27 +252,25 @@ class _Stored:
         values: tuple[int, int] | None = None,
     ) -> Tensor:
         """A tensor of the file, its `values` within these bounds; None in its shape stands for any size."""
-        if name not in self.names:
-            raise UserError(f"damaged (no tensor {name!r})")
-        self.names.remove(name)
-        actual = self.file.get_slice(name).get_shape()
+        if name not in self.file.tensors:
+            raise self._damaged(f"no tensor {name!r}")
+        actual = self.file.tensors[name].shape
         fits = len(actual) == len(shape) and all(want in (None, have) for want, have in zip(shape, actual, strict=True))
-        if not fits:
+        # None is a number of positions or steps.
+        if not fits or max(actual) > max(self.cache.config.context_length, *(size or 0 for size in shape)):
             expected = ["any" if size is None else size for size in shape]
-            raise UserError(f"damaged ({name} has shape {actual}, expected {expected})")
-        tensor: Tensor = self.file.get_tensor(name)
+            raise self._damaged(f"{name} has shape {actual}, expected {expected}")
+        tensor = self.file.read(name)
+        self.checksums[name] = checksum_of_tensor(tensor)
         if tensor.dtype != dtype:
-            raise UserError(f"damaged ({name} is {tensor.dtype}, expected {dtype})")
+            raise self._damaged(f"{name} is {tensor.dtype}, expected {dtype}")
         if (
             values is not None
             and tensor.numel()
             and not values[0] <= int(tensor.min()) <= int(tensor.max()) <= values[1]
         ):
-            raise UserError(f"damaged ({name} leaves {values[0]}..{values[1]})")
+            raise self._damaged(f"{name} leaves {values[0]}..{values[1]}")
         return tensor
 
-
-def _check_integers(name: str, values: Any, count: int, least: int, most: int) -> None:
-    integers = isinstance(values, list) and len(values) == count and all(type(n) is int for n in values)
-    if not integers or not all(least <= n <= most for n in values):
-        raise UserError(f"damaged metadata ({name})")
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.file.path}: damaged ({what})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from minivlm.cache.accounting import core_positions, entries_attended, full_byte
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.settings import CacheSettings
-from minivlm.cache.storage import load_cache, save_cache
+from minivlm.cache.storage import checksum_of, checksum_of_tensor, load_cache, save_cache
 from minivlm.errors import UserError
 from minivlm.generation.steps import decode_step
 from policies import DECODES, POLICIES, prompt_ids
@@ -29,7 +30,7 @@ MODEL = tiny_model(6, heads=(4, 2))
 TEXT_CONFIG = MODEL.config.text
 STOP = torch.tensor([2])
 SAMPLES = (5, 2, 9)
-KEY = "minivlm.kv_cache"  # of a file's metadata
+KEY, CHECKSUM = "minivlm.kv_cache", "minivlm.sha256"  # of a file's metadata
 AVL = POLICIES["avl, h2o text, filter"]
 
 
@@ -149,9 +150,14 @@ def test_a_mismatch_is_refused(saved, mismatch):
 
 
 def tampered(
-    saved: Path, path: Path, metadata: Mapping[str, object] | None = None, drop: str | None = None, **changes: Callable
+    saved: Path,
+    path: Path,
+    metadata: Mapping[str, object] | None = None,
+    drop: str | None = None,
+    checksum: str | None = None,
+    **changes: Callable,
 ) -> Path:
-    """A copy of the file with other metadata or tensors.
+    """A copy of the file with other metadata or tensors, and the checksum of these unless another is given.
 
     `changes` are functions of a tensor, by its name with two underscores for a dot.
     """
@@ -162,7 +168,9 @@ def tampered(
         name = spelled.replace("__", ".")
         tensors[name] = change(tensors.get(name))
     tensors.pop(drop, None)
-    save_file(tensors, path, {KEY: json.dumps(content)})
+    text = json.dumps(content)
+    right = checksum_of(text, {name: checksum_of_tensor(tensor) for name, tensor in tensors.items()})
+    save_file(tensors, path, {KEY: text, CHECKSUM: checksum or right})
     return path
 
 
@@ -189,11 +197,16 @@ DAMAGE: dict[str, dict[str, Any]] = {
     "the lists of sequence 0": dict(sequences__0__vision_positions=lambda t: t.flip(0)),
     "the lists of sequence 1": dict(sequences__1__tail_lengths=lambda t: t * 2),
     "steps that do not agree": dict(sequences__1__tail_lengths=lambda t: t[:, :-1].clone()),
-    "damaged metadata (lengths)": dict(metadata={"lengths": [10, 20]}),
-    "damaged metadata (lengths) ": dict(metadata={"lengths": [10, 20, 10**6]}),
-    "damaged metadata (samples)": dict(metadata={"samples": [1, 2, "3"]}),
-    "damaged metadata (turns)": dict(metadata={"turns": 0}),
-    "damaged metadata (step_kinds)": dict(metadata={"step_kinds": ["core", "none"]}),
+    "expected samples and lengths up to 512 of 3 sequences": dict(metadata={"lengths": [10, 20]}),
+    "expected samples and lengths up to 512 of 3 sequences ": dict(metadata={"lengths": [10, 20, 10**6]}),
+    "damaged metadata: lengths[0]": dict(metadata={"lengths": [0, 20, 30]}),
+    "damaged metadata: lengths[1]": dict(metadata={"lengths": [10, 2.5, 30]}),
+    "damaged metadata: samples[2]": dict(metadata={"samples": [1, 2, "3"]}),
+    "damaged metadata: samples[0]": dict(metadata={"samples": [2**63, 2, 3]}),
+    "damaged metadata: turns": dict(metadata={"turns": 0}),
+    "damaged metadata: turns ": dict(metadata={"turns": True}),
+    "damaged metadata: step_kinds[1]": dict(metadata={"step_kinds": ["core", "none"]}),
+    "saved with policy.window more than a value": dict(metadata={"policy": {"name": "avl", "window": {"a": []}}}),
     "saved with version 99": dict(metadata={"version": 99}),
     "saved with policy.name null": dict(metadata={"policy": "avl"}),
 }
@@ -213,6 +226,44 @@ def test_a_damaged_file_is_refused_and_changes_nothing(saved, complaint, tmp_pat
     assert cache.step_kinds == ["core", "core", "refresh", "core"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(layers__0__k=lambda t: t + 1),
+        dict(layers__2__v=lambda t: t * float("nan")),
+        dict(layers__1__score=lambda t: -t),
+        dict(layers__1__vision_attn=lambda t: t.flip(1)),
+        dict(metadata={"samples": [5, 2, 8]}),
+        dict(metadata={"turns": 7}),
+        dict(metadata={"step_kinds": ["full"] * 4}),
+        dict(checksum="0" * 64),
+    ],
+)
+def test_changed_values_are_refused_by_the_checksum(saved, change, tmp_path):
+    with safe_open(saved, framework="pt") as file:
+        checksum = file.metadata()[CHECKSUM]
+    path = tampered(saved, tmp_path / "changed.safetensors", **{"checksum": checksum, **change})
+    cache = new_cache(AVL)
+    with pytest.raises(UserError, match=f"^{path}: damaged .its checksum is that of other content.$"):
+        load_cache(cache, path, torch.float32)
+    assert not cache.layers
+
+
+def test_every_byte_counts(saved, tmp_path):
+    """One flipped bit anywhere is refused; the last byte of the header may be padding."""
+    content, wrong = saved.read_bytes(), tmp_path / "wrong.safetensors"
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in (*range(0, header, 211), *range(header, len(content), len(content) // 40), len(content) - 1):
+        if content[place : place + 1] == b" ":
+            continue
+        changed = bytearray(content)
+        changed[place] ^= 1
+        wrong.write_bytes(changed)
+        with pytest.raises(UserError, match=f"^{wrong}: ") as error:
+            load_cache(new_cache(AVL), wrong, torch.float32)
+        assert "\n" not in str(error.value)
+
+
 def test_files_that_are_no_cache(saved, tmp_path):
     cache = new_cache(AVL)
     content, wrong = saved.read_bytes(), tmp_path / "wrong.safetensors"
@@ -220,14 +271,28 @@ def test_files_that_are_no_cache(saved, tmp_path):
         wrong.write_bytes(content[:size])
         with pytest.raises(UserError, match="not a readable safetensors file"):
             load_cache(cache, wrong, torch.float32)
-    save_file({"x": torch.zeros(1)}, wrong)
-    with pytest.raises(UserError, match="not a saved cache"):
-        load_cache(cache, wrong, torch.float32)
-    for text, complaint in (("{", "damaged metadata"), ("[" * 10**5, "damaged metadata"), ("[]", "expected an object")):
-        save_file({"x": torch.zeros(1)}, wrong, {KEY: text})
+    for metadata in (None, {KEY: "{}"}, {CHECKSUM: "0"}):
+        save_file({"x": torch.zeros(1)}, wrong, metadata)
+        with pytest.raises(UserError, match="not a saved cache"):
+            load_cache(cache, wrong, torch.float32)
+    deep = '{"policy": ' + '{"a": ' * 900 + "1" + "}" * 901
+    for text, complaint in (
+        ("{", "damaged metadata"),
+        ("[" * 10**5, "damaged metadata"),
+        ("[]", "damaged metadata: expected object, got array"),
+        ('{"version": NaN}', "damaged metadata"),
+        ('{"version": 1e999}', "damaged metadata"),
+        (deep, "saved with version null|damaged metadata"),
+    ):
+        save_file({"x": torch.zeros(1)}, wrong, {KEY: text, CHECKSUM: "0"})
         with pytest.raises(UserError, match=complaint):
             load_cache(cache, wrong, torch.float32)
-    for path, complaint in ((tmp_path / "none", "no such file"), (tmp_path, "not a readable")):
+    os.mkfifo(tmp_path / "fifo")
+    for path, complaint in (
+        (tmp_path / "none", "no such file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "fifo", "is a FIFO"),
+    ):
         with pytest.raises(UserError, match=complaint):
             load_cache(cache, path, torch.float32)
     assert not cache.layers

@@ -20,6 +20,7 @@ LAYERS = (
     "minivlm.errors",
     "minivlm.files",
     "minivlm.schema",
+    "minivlm.tensor_files",
     "minivlm.model",
     "minivlm.inputs",
     "minivlm.cache",
