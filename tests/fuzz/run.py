@@ -1,7 +1,7 @@
-"""Run the fuzzer: `python tests/fuzz/run.py --seed 7 --cases 10000`; `--help` lists the flags, docs/fuzzing.md explains.
+"""Run the fuzzer: `python tests/fuzz/run.py --seed 7 --cases 10000`. docs/fuzzing.md explains it.
 
-The fuzzer itself (`fuzzer/__main__.py`) runs in a process of its own, since threads, hashing and the hub's cache have to
-be settled before Python and torch start.
+The fuzzer itself (`fuzzer/__main__.py`) runs in a process of its own, since threads, hashing and the hub's cache have
+to be settled before Python and torch start.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.font_manager  # makes its list of fonts now rather than in a case
+import matplotlib.font_manager  # noqa: F401  (makes its list of fonts now rather than in a case)
 import torch
 
 from fuzzer import named, planted, world

@@ -12,7 +12,7 @@ import weights
 from fuzzer.case import Box, Case
 from fuzzer.child import Ran
 from fuzzer.mutate_tensors import mutate_tensors
-from minivlm import VLM, Sampling, preset
+from minivlm import VLM, preset
 from minivlm.cache.storage import load_cache, save_cache
 from minivlm.generation.steps import decode_step, prefill_step
 

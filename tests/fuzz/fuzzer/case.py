@@ -52,8 +52,8 @@ class Case:
 class Box:
     """A case's own folder, its current directory: `inputs` for what it reads, `out` for what it writes.
 
-    `shared` has the good inputs of `fuzzer.world`, which no case may change, and `clean` runs a command on good inputs in
-    a box of its own (once; then its result is known).
+    `shared` has the good inputs of `fuzzer.world`, which no case may change. `clean` runs a command on good inputs in a
+    box of its own (once; then its result is known).
     """
 
     root: Path

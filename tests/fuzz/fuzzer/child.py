@@ -173,7 +173,7 @@ def _set_streams(streams: Path, closed: bool, stdout: str | Path) -> None:
 
 
 def _text(number: int, mode: str, encoding: str, errors: str, **options: bool) -> IO[str]:
-    stream: Any = open(number, mode + "b", closefd=False)
+    stream: Any = os.fdopen(number, mode + "b", closefd=False)
     return io.TextIOWrapper(stream, encoding, errors, **options)
 
 

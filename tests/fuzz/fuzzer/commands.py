@@ -59,4 +59,5 @@ def run_real(case: Case, folder: Path) -> Ran:
         input=case.stdin or b"",
         capture_output=True,
     )
-    return Ran(ran.returncode, ran.stdout.decode(errors="backslashreplace"), ran.stderr.decode(errors="backslashreplace"))
+    out, err = (stream.decode(errors="backslashreplace") for stream in (ran.stdout, ran.stderr))
+    return Ran(ran.returncode, out, err)

@@ -18,7 +18,10 @@ from fuzzer.flags import check_runs, strict_json
 from fuzzer.mutate_json import JUNK, flip_bytes, mutate_json
 from fuzzer.world import EVAL_FLAGS, NEXT, RECORDS, run_folder
 
-_NAMES = ("", "../../wide.png", "/dev/zero", "/etc/passwd", "documents", "n" * 300, "d/" * 2500, "a\x00b", "no.png", "\ud800")
+_NAMES = (
+    *("", "../../wide.png", "/dev/zero", "/etc/passwd", "documents", "no.png"),
+    *("n" * 300, "d/" * 2500, "a\x00b", "\ud800"),
+)
 _IDS = ("9" * 5000, "\ud800", "", " ", "٣", "²", "1.0", 1.5, -1, 10**25, True, "a\nb", "x" * 10_000, [1], {"a": 1})
 
 
@@ -39,9 +42,9 @@ def change_record(records: list[dict[str, Any]], rng: Random) -> None:
     record = rng.choice(records)
     field = rng.choice(("image", "questionId", "question", "answers", "question_types", "data_split"))
     text = rng.choice(("\ud800", "a\x00b", "x" * 100_000, "<image><image>", "</s>", "\u202e", "line\nbreak", ""))
-    record[field] = rng.choice(
-        {"image": _NAMES, "questionId": _IDS, "answers": ([text], [text] * 3, [[]], [None], [5], [])}.get(field, (text, [text], *JUNK))
-    )
+    answers = ([text], [text] * 3, [[]], [None], [5], [])
+    values = {"image": _NAMES, "questionId": _IDS, "answers": answers}.get(field, (text, [text], *JUNK))
+    record[field] = rng.choice(values)
 
 
 def data_case(box: Box, content: bytes, expect: Expect = Expect.EITHER) -> Case:
@@ -60,7 +63,7 @@ def _questions(content: bytes) -> list[str] | None:
 
 
 def evaluation(box: Box, data: Path, expect: Expect, questions: Sequence[str] | None) -> Case:
-    """An evaluation whose results have to be complete, and as on the clean data where the records are the clean ones."""
+    """An evaluation whose results have to be complete, and those of the clean data where the records are."""
     flags = ["--model", box.shared / NEXT, "--data", data, *EVAL_FLAGS, "--output_path", box.out / "runs"]
 
     def check(ran: Ran) -> None:
@@ -96,15 +99,18 @@ def make_parquet(box: Box) -> Case:
     rng, clean = box.rng, (box.shared / "parquet" / "validation-0.parquet").read_bytes()
     if rng.random() < 0.5:
         end = len(clean) - 400  # the description is at the end
-        content = rng.choice((flip_bytes(clean, rng), clean[:end] + flip_bytes(clean[end:], rng), clean[: rng.randrange(len(clean))]))
-        return parquet_case(box, content)
+        flipped = rng.choice((flip_bytes(clean, rng), clean[:end] + flip_bytes(clean[end:], rng)))
+        return parquet_case(box, rng.choice((flipped, flipped, clean[: rng.randrange(len(clean))])))
     rows = pyarrow.parquet.read_table(io.BytesIO(clean)).to_pylist()
     row = rng.choice(rows)
     name = rng.choice(list(row))
-    images = (None, {"bytes": None}, {"bytes": b""}, {"bytes": b"x" * 100}, {"bytes": flip_bytes(row["image"]["bytes"], rng)})
-    row[name] = rng.choice(images) if name == "image" else rng.choice((None, "", "x" * 10_000, "a\x00b", "1" * 5000))
-    if name in ("answers", "question_types"):
-        row[name] = rng.choice((None, [], [None], ["x" * 10_000]))
+    values: tuple[Any, ...] = (None, "", "x" * 10_000, "a\x00b", "1" * 5000)
+    if name == "image":
+        flipped = flip_bytes(row["image"]["bytes"], rng)
+        values = (None, *({"bytes": content} for content in (None, b"", b"x" * 100, flipped)))
+    elif name in ("answers", "question_types"):
+        values = (None, [], [None], ["x" * 10_000])
+    row[name] = rng.choice(values)
     if rng.random() < 0.2:
         for each in rows:
             each.pop(name)

@@ -18,8 +18,32 @@ from fuzzer.world import NEXT, QUESTION, eval_flags, run_folder
 
 # For each kind of value: good ones, odd ones (which may be refused), and such as cannot be meant.
 _HUGE = ("1000000000000", str(10**25), "9" * 400, "9" * 5000, "-" + "9" * 5000)
-_NO_NUMBERS = ("", " ", "x", "nan", "inf", "-inf", "1e999", "--", "0x10", "½", "1,5", "1 2", "None", "[1]", "𝟙x", "\udcff", "1\n2x")
-_ODD_TEXTS = ("", " ", "\n", "a b", "'", '"', "a'b", "$(reboot)", "../..", "🙂", "\u202eabc", "x" * 100_000, "\udcff", "%s%n", "{}")
+_NO_NUMBERS = (
+    *(
+        "",
+        " ",
+        "x",
+        "nan",
+        "inf",
+        "-inf",
+        "1e999",
+        "--",
+        "0x10",
+        "½",
+        "1,5",
+        "1 2",
+        "None",
+        "[1]",
+        "²",
+        "\udcff",
+        "1\n2",
+    ),
+)
+_ODD_TEXTS = (
+    *("", " ", "\n", "a b", "'", '"', "a'b", "$(reboot)", "../..", "🙂", "\u202eabc", "\udcff", "%s%n", "{}", "a,b=c"),
+    "x" * 100_000,
+)
+_POLICIES = ("full", "avl", "h2o", "fastv", "streaming", "random")
 VALUES: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
     "count": (("1", "2", "4"), ("0", "-1", "٣", "1_0", " 3 ", "+2", *_HUGE), (*_NO_NUMBERS, "1.5", "1e3", "true")),
     "seed": (("0", "1", "12345"), ("-1", *_HUGE), (*_NO_NUMBERS, "0.5")),
@@ -27,7 +51,7 @@ VALUES: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
     "bool": (("true", "false", "1", "no", "YES"), (), ("", "maybe", "2", "ja", "None", "tru", "\udcff")),
     "device": (("auto", "cpu"), ("cuda",), ("", "CPU", "cpu:0", "cuda:7", "tpu", "meta", "\udcff")),
     "dtype": (("auto", "float32", "bfloat16", "float16"), (), ("", "float64", "int8", "Float32", "torch.float32")),
-    "policy": (("full", "avl", "h2o", "fastv", "streaming", "random"), (), ("", "avl ", "Full", "none", "\udcff", "x" * 5000)),
+    "policy": (_POLICIES, (), ("", "avl ", "Full", "none", "\udcff", "x" * 5000)),
     "text": (("x",), _ODD_TEXTS, ()),
 }
 _POLICY_FLAGS = {
@@ -50,7 +74,10 @@ _POLICY_FLAGS = {
     "vision_score_window": "count",
 }
 _MODEL_FLAGS = {"device": "device", "dtype": "dtype", "seed": "seed"}
-_JUNK = (["--nonsense"], ["--"], ["-"], ["stray"], ["@/etc/passwd"], ["--model"], ["--help_"], ["--seed"], ["--policy"], ["-\udcff"], ["--se", "1"])
+_JUNK = (
+    *(["--nonsense"], ["--"], ["-"], ["stray"], ["@/etc/passwd"], ["--model"], ["--help_"], ["--seed"], ["--policy"]),
+    *(["-\udcff"], ["--se", "1"], ["--policy_file"], ["--seed", "1", "--seed", "x"]),
+)
 
 
 @dataclass(frozen=True)
@@ -184,9 +211,11 @@ def check_runs(folder: Path) -> None:
     for path in found:
         results = strict_json(path)
         rows = [json.loads(line) for line in path.with_name("samples.jsonl").read_text().splitlines()]
-        counted = {task: summary["n"] + summary["failed"] + summary["unscored"] for task, summary in results["results"].items()}
-        asked = {task: {row["index"] for row in rows if row["task"] == task} for task in results["cost"]}
-        assert all(counted[task] <= len(asked[task]) for task in asked), (counted, asked)
+        for task in results["cost"]:
+            summary = results["results"][task]
+            asked = {row["index"] for row in rows if row["task"] == task}
+            counted = summary["n"] + summary["failed"] + summary["unscored"]
+            assert counted <= len(asked), f"{counted} samples counted, {len(asked)} in samples.jsonl"
 
 
 def strict_json(path: Path) -> Any:

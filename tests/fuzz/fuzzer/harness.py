@@ -1,7 +1,8 @@
-"""Runs cases by number: case N of a seed is always the same, whichever cases ran before it and in how many processes."""
+"""Runs cases, each in a folder of its own, and judges them."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Harness:
     def run(self, name: str, family: str, make: Family, seed: str) -> Result:
         """Make a case with random numbers from `seed`, run it in a forked child and judge it."""
         started = time.perf_counter()
-        box = self._new_box(f"{family}-{name}", seed)
+        box = self._new_box(f"{family} {name}", seed)
         try:
             case = make(box)
         except Exception as error:
@@ -60,7 +61,7 @@ class Harness:
             complaint = complaint or f"changed shared inputs: {damaged[:3]}"
         if self.real and not complaint:
             shutil.rmtree(box.root)
-            box = self._new_box(f"{family}-{name}", seed)
+            box = self._new_box(f"{family} {name}", seed)
             complaint = _difference(ran, run_real(make(box), box.root))
         if not self.keep:
             shutil.rmtree(box.root)
@@ -90,7 +91,8 @@ class Harness:
         return run_forked(lambda: call(case), box.root, streams, **options)
 
     def _new_box(self, name: str, seed: str) -> Box:
-        return Box.make(self.work / name, Random(seed), self.shared, self.clean)
+        folder = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:60]
+        return Box.make(self.work / folder, Random(seed), self.shared, self.clean)
 
 
 def _difference(forked: Ran, real: Ran) -> str:

@@ -171,7 +171,8 @@ def _twice(data: bytes, rng: Random) -> bytes:
 
 
 def _garbage_around(data: bytes, rng: Random) -> bytes:
-    return rng.choice((data + b"\x00", data + b"}", b"\xef\xbb\xbf" + data, data + b"//", b"\xff" + data, b"\n" * 10**6))
+    before = rng.choice((b"", b"\xef\xbb\xbf", b"\xff", b"\n" * 10**6))
+    return before + data + rng.choice((b"", b"\x00", b"}", b"//"))
 
 
 def _other_encoding(data: bytes, rng: Random) -> bytes:

@@ -113,8 +113,10 @@ def _shape(header: Header, rng: Random) -> Header:
     for size in shape:
         count *= size
     entry["shape"] = rng.choice(
-        (shape[::-1], [count], [1, *shape], [*shape, 1], shape[1:], [-size for size in shape], [count, 0], [2**40] * 3)
-        + ([2**63, 2], [1.5], ["1"], None, [], "x", [[1]], [True])
+        (
+            *(shape[::-1], [count], [1, *shape], [*shape, 1], shape[1:], [-size for size in shape], [count, 0]),
+            *([2**40] * 3, [2**63, 2], [1.5], ["1"], None, [], "x", [[1]], [True]),
+        )
     )
     return header
 
@@ -123,8 +125,18 @@ def _offsets(header: Header, rng: Random) -> Header:
     entry = _entry(header, rng)
     begin, end = entry["data_offsets"]
     entry["data_offsets"] = rng.choice(
-        ([begin + 4, end + 4], [begin, end + 4], [end, begin], [-begin - 4, end], [0, end], [begin, 2**62], [begin])
-        + ([begin, end, end], [2**64, 2**64 + end], [begin + 0.5, end], None, [str(begin), end], [begin, begin])
+        (
+            *(
+                [begin + 4, end + 4],
+                [begin, end + 4],
+                [end, begin],
+                [-begin - 4, end],
+                [0, end],
+                [begin, 2**62],
+                [begin],
+            ),
+            *([begin, end, end], [2**64, 2**64 + end], [begin + 0.5, end], None, [str(begin), end], [begin, begin]),
+        )
     )
     return header
 

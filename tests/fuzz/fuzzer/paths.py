@@ -48,15 +48,22 @@ def zero_link(path: Path) -> Path:
     return path
 
 
+def link(path: Path) -> Path:
+    """A link to a file that is there."""
+    path.with_name("file").write_bytes(b"old")
+    path.symlink_to("file")
+    return path
+
+
 def null_device(path: Path) -> Path:
-    return _device(path, 3)
+    return device(path, 3)
 
 
 def zero_device(path: Path) -> Path:
-    return _device(path, 5)
+    return device(path, 5)
 
 
-def _device(path: Path, minor: int) -> Path:
+def device(path: Path, minor: int) -> Path:
     """A device node in the case's own folder; where that is not permitted, a FIFO."""
     try:
         os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
@@ -106,6 +113,10 @@ NO_FILES: tuple[Callable[[Path], Name], ...] = (
 )
 
 
+# A case must not write to a device of the machine.
+ODD_TARGETS = (*(make for make in NO_FILES if make not in (zero_link, zero_device)), link)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a name goes: a case with it. `file` says which name it should have, among the inputs or outputs."""
@@ -115,7 +126,9 @@ class Place:
 
 
 def _generate(box: Box, *more: object, model: object = None, image: object = None) -> list[object]:
-    model, image = model or box.shared / NEXT, image or box.shared / "wide.png"
+    model, image = (
+        given if given is not None else box.shared / good for given, good in ((model, NEXT), (image, "wide.png"))
+    )
     return ["--model", model, "--image", image, "--prompt", QUESTION, "--max_new_tokens", 2, *more]
 
 
@@ -174,12 +187,12 @@ OUTPUTS = (
 
 def make_path(box: Box) -> Case:
     """Some name that is no file, in some place; or an image that a data set names."""
-    make, kind = box.rng.choice(NO_FILES), box.rng.random()
+    kind = box.rng.random()
     if kind < 0.6:
-        return input_case(box, box.rng.choice(INPUTS), make)
+        return input_case(box, box.rng.choice(INPUTS), box.rng.choice(NO_FILES))
     if kind < 0.9:
-        return output_case(box, box.rng.choice(OUTPUTS), make)
-    return image_of_a_record(box, make)
+        return output_case(box, box.rng.choice(OUTPUTS), box.rng.choice(ODD_TARGETS))
+    return image_of_a_record(box, box.rng.choice(NO_FILES))
 
 
 def input_case(box: Box, place: Place, make: Callable[[Path], Name]) -> Case:

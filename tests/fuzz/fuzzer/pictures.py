@@ -88,8 +88,12 @@ def lying_png(rng: Random, shared: Path) -> Made:
         width, height = rng.choice(_SIZES), rng.choice((1, 70, *_SIZES))
         chunks[0] = (b"IHDR", struct.pack(">II", width, height) + chunks[0][1][8:])
     elif kind == 1:
-        tail = bytes([rng.choice((0, 1, 2, 4, 8, 16, 255)), rng.choice((0, 2, 3, 4, 6, 9)), 0, 0, rng.choice((0, 1, 7))])
-        chunks[0] = (b"IHDR", chunks[0][1][:8] + tail)
+        depth, colours, interlaced = (
+            rng.choice((0, 1, 4, 8, 16, 255)),
+            rng.choice((0, 2, 3, 4, 6, 9)),
+            rng.choice((0, 1, 7)),
+        )
+        chunks[0] = (b"IHDR", chunks[0][1][:8] + bytes([depth, colours, 0, 0, interlaced]))
     elif kind == 2:
         name = rng.choice((b"PLTE", b"tRNS", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"pHYs", b"acTL", b"eXIf", b"gAMA"))
         body = rng.choice((b"", b"\x00" * 5, rng.randbytes(40), b"x\x00\x00" + zlib.compress(bytes(80_000_000), 1)))
@@ -112,7 +116,8 @@ def _chunks(png: bytes) -> list[tuple[bytes, bytes]]:
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
     """A PNG of chunks, with their lengths and checksums."""
-    parts = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks]
+    number = struct.Struct(">I")
+    parts = [number.pack(len(body)) + name + body + number.pack(zlib.crc32(name + body)) for name, body in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 

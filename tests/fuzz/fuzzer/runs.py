@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from random import Random
@@ -9,23 +10,21 @@ from typing import Any
 
 from fuzzer.case import Box, Case, Expect
 from fuzzer.checkpoints import some_answer
-from fuzzer.child import Ran
 from fuzzer.data import predictions
 from fuzzer.flags import strict_json
 from fuzzer.mutate_json import JUNK, flip_bytes, mutate_json
 from fuzzer.world import eval_flags, run_folder
 
-_TIMES = ("seconds", "processes", "versions", "cost", "notes")  # of results.json: they differ from run to run
+# Of results.json, what differs from run to run, and what is only repeated from an earlier results.json.
+_CIRCUMSTANCES = ("seconds", "processes", "versions", "cost", "notes", "prompts", "template")
 
 
 def make_run(box: Box) -> Case:
     """Damage one file of a run, then go on with the run or compare it."""
     name = box.rng.choice(("samples.jsonl", "samples.jsonl", "samples.jsonl", "results.json", "settings.json"))
     content = (run_folder(box.shared) / name).read_bytes()
-    if name.endswith("l"):
-        damaged = damage_rows(content, box.rng)
-    else:
-        damaged = mutate_json(json.loads(content), box.rng).data
+    is_rows = name == "samples.jsonl"
+    damaged = damage_rows(content, box.rng) if is_rows else mutate_json(json.loads(content), box.rng).data
     if box.rng.random() < 0.3:
         return compare_case(box, {name: damaged})
     return continued_case(box, {name: damaged})
@@ -59,8 +58,9 @@ def continued_case(box: Box, files: dict[str, bytes | None], expect: Expect = Ex
     """The clean evaluation once more, in its folder in which `files` have other content (or, for None, are missing)."""
     folder = _damaged(box, files)
     arguments = [*eval_flags(box.shared), "--output_path", box.out / "runs"]
-    outputs = [folder, box.out / "runs"]
-    return Case("eval", arguments, expect, outputs=outputs, check=lambda ran: _check(folder, run_folder(box.shared)))
+    own = _own_predictions(files.get("samples.jsonl"))
+    clean = run_folder(box.shared)
+    return Case("eval", arguments, expect, outputs=[box.out / "runs"], check=lambda ran: _check(folder, clean, own))
 
 
 def compare_case(box: Box, files: dict[str, bytes | None], expect: Expect = Expect.EITHER) -> Case:
@@ -80,15 +80,29 @@ def _damaged(box: Box, files: dict[str, bytes | None]) -> Path:
     return folder
 
 
-def _check(folder: Path, clean: Path) -> None:
-    """The folder has the answers and the scores of the clean run."""
+def _own_predictions(rows: bytes | None) -> set[tuple[object, str]]:
+    """The answers that damaged rows still state, by index: what reads like a row cannot be told from one."""
+    found: set[tuple[object, str]] = set()
+    for line in (rows or b"").split(b"\n"):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            row = json.loads(line)
+            found.add((row["index"], row["prediction"]))
+    return found
+
+
+def _check(folder: Path, clean: Path, own: set[tuple[object, str]]) -> None:
+    """The folder has the answers of the clean run or of its own rows; with all of the clean ones, also its scores."""
     (folder,) = (path.parent for path in folder.parent.glob("*/results.json"))
-    ours, theirs = _without_times(folder), _without_times(clean)
-    assert ours == theirs, f"other results: {[name for name in theirs if ours.get(name) != theirs[name]]}"
-    answers = predictions(folder / "samples.jsonl"), predictions(clean / "samples.jsonl")
-    assert answers[0] == answers[1], f"other answers: {answers}"
+    ours, theirs = predictions(folder / "samples.jsonl"), predictions(clean / "samples.jsonl")
+    assert ours.keys() == theirs.keys(), f"answers of {sorted(ours)}"
+    foreign = {index: text for index, text in ours.items() if text != theirs[index] and (index, text) not in own}
+    assert not foreign, f"other answers: {foreign}"
+    if ours == theirs:
+        results, expected = _stable(folder), _stable(clean)
+        differing = [name for name in expected if results.get(name) != expected[name]]
+        assert not differing, f"other results: {differing}"
 
 
-def _without_times(folder: Path) -> dict[str, Any]:
+def _stable(folder: Path) -> dict[str, Any]:
     results = strict_json(folder / "results.json")
-    return {name: value for name, value in results.items() if name not in _TIMES}
+    return {name: value for name, value in results.items() if name not in _CIRCUMSTANCES}

@@ -11,9 +11,10 @@ from fuzzer.child import Ran
 from fuzzer.world import LLAVA, NEXT
 
 _PIECES = (
-    *("What is it?", "the", " ", "\n", "\t", "0", "é", "漢字", "🙂", "👩‍👩‍👧", "\u202e", "\u200b", "\ufeff", "\ufffd", "\x07", "\x1b[2J"),
-    *("</s>", "<s>", "<unk>", "<pad>", "[INST]", "[/INST]", "<<SYS>>", "<0x0A>", "<image", "image>", "{{ 7 * 7 }}", "{% raw %}"),
-    *("USER: ", "ASSISTANT:", "/image ", "a" * 200, "\ue000minivlm-answer\ue001"),
+    *("What is it?", "the", " ", "\n", "\t", "0", "é", "漢字", "🙂", "👩‍👩‍👧"),
+    *("\u202e", "\u200b", "\ufeff", "\ufffd", "\x07", "\x1b[2J"),
+    *("</s>", "<s>", "<unk>", "<pad>", "[INST]", "[/INST]", "<<SYS>>", "<0x0A>", "<image", "image>"),
+    *("{{ 7 * 7 }}", "{% raw %}", "USER: ", "ASSISTANT:", "/image ", "a" * 200, "\ue000minivlm-answer\ue001"),
 )
 _SURROGATES = ("\udcff", "a\udc80b")
 
@@ -106,7 +107,7 @@ ATTACKS = (
     "{{ ('x' * 9999)|indent(999999) }}",
     "{{ ('a ' * 99999)|wordwrap(1)|wordwrap(1)|length }}",
     "{{ lipsum(n=99999) }}",
-    "{% macro f() %}{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}{% endmacro %}{{ f() }}",
+    "{% macro f() %}{% for i in range(9**6) %}{% for j in range(9**6) %}x{% endfor %}{% endfor %}{% endmacro %}{{ f() }}",
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 9 ** 9 ** 9 }}",
@@ -134,10 +135,13 @@ ATTACKS = (
     "",
 )
 _FRAGMENTS = (
-    *("'x'", "messages", "bos_token", "7", "range(9)", "namespace(a=1)", "messages[0]['content']", "none", "[1, 2]", "{'a': 1}"),
-    *("dict(a=1)", "lipsum(n=1)", "joiner()", "true"),
+    *("'x'", "messages", "bos_token", "7", "range(9)", "namespace(a=1)", "messages[0]['content']", "none", "[1, 2]"),
+    *("{'a': 1}", "dict(a=1)", "lipsum(n=1)", "joiner()", "true"),
 )
-_FILTERS = ("length", "upper", "list", "tojson", "join(',')", "trim", "reverse", "string", "int", "first", "default(1)", "center(9)", "sort", "items", "indent(2)", "pprint")
+_FILTERS = (
+    *("length", "upper", "list", "tojson", "join(',')", "trim", "reverse", "string", "int", "first", "default(1)"),
+    *("center(9)", "sort", "items", "indent(2)", "pprint"),
+)
 
 
 def make_template(box: Box) -> Case:
@@ -145,7 +149,8 @@ def make_template(box: Box) -> Case:
     rng, model = box.rng, box.rng.choice((NEXT, LLAVA))
     clean = json.loads((box.shared / NEXT / "chat_template.json").read_bytes())["chat_template"]
     if rng.random() < 0.2:
-        return template_case(box, model, rng.choice(("{# a comment #}", "{% if false %}x{% endif %}", "{{ '' }}")) + clean, same=True)
+        nothing = rng.choice(("{# a comment #}", "{% if false %}x{% endif %}", "{{ '' }}"))
+        return template_case(box, model, nothing + clean, same=True)
     if rng.random() < 0.5:
         hostile = rng.choice(ATTACKS)
         return template_case(box, model, rng.choice((hostile, hostile + clean, clean + hostile)))
