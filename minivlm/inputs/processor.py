@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minivlm.errors import UserError
 from minivlm.inputs.images import ImageSettings, load_image, pixel_values
+from minivlm.inputs.plain_text import control_tokens, plain_text, role_markers
 from minivlm.inputs.processor_files import ProcessorFile, image_settings, template_source
 from minivlm.inputs.templates import BUILT_IN, ChatTemplate, built_in
 from minivlm.inputs.token_settings import TokenSettings
@@ -117,15 +119,26 @@ class Processor:
     def user_message(self, text: str, num_images: int = 0) -> dict:
         """A user's message. Images come first, unless `<image>` in the text marks their places.
 
-        Raises `UserError` for a text that is not valid Unicode: bytes on a command line that are
-        not text reach us as characters that no tokenizer accepts.
+        Raises `UserError` for a text that is not valid Unicode or cannot fit the model's context.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the prompt is not valid Unicode (character {error.start + 1})") from None
+        self._expect_text(text)
         images = 0 if self.image_token in text else num_images
         return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+    def plain_text(self, text: str) -> str:
+        """The text with a space in all that would be more than text: for text that strangers write.
+
+        What comes back has no control token (`</s>`, `<image>`, `<|im_start|>`) in any spelling
+        that the tokenizer takes for one, and no role marker as the chat template writes it (`USER:`,
+        `[INST]`): `</s>` becomes `</s >`. By itself it encodes to ids of ordinary text alone, the id
+        of unknown characters included. A text that has none of this comes back as it is.
+
+        This keeps certain only that control tokens are the template's own. Role markers are ordinary
+        text to tokenizer and model, and a model may take other spellings of them, or a sentence that
+        asks for it, for a turn. Raises `UserError` as `user_message` does.
+        """
+        self._expect_text(text)
+        return plain_text(text, self.tokenizer, {self.image_token, *self._role_markers})
 
     def next_turn(self, history: Sequence[Mapping], message: Mapping) -> str:
         """The text that follows an answer in a conversation, up to where the next answer begins.
@@ -143,10 +156,10 @@ class Processor:
             raise UserError("the history of a conversation must end with an answer of the assistant")
         prompt = self.render(history[:-1])
         whole = self.render([*history[:-1], {"role": "assistant", "content": _ANSWER}, message])
-        before, marker, after = whole.partition(_ANSWER)
         # A template may put white space between its prompt and the answer, but must not change the
-        # prompt.
-        if not marker or not before.startswith(prompt) or before[len(prompt) :].strip():
+        # prompt. In that, a user may have written anything.
+        before, marker, after = whole[len(prompt) :].partition(_ANSWER)
+        if not marker or not whole.startswith(prompt) or before.strip():
             raise UserError("the chat template rewrites earlier turns, so a conversation cannot go on from its cache")
         return after
 
@@ -157,8 +170,8 @@ class Processor:
 
         `continues` marks texts that follow tokens already in a cache: they get no BOS and no word
         boundary at their beginning. Raises `UserError` for an image that cannot be read, if images
-        and placeholders differ in number, and for a prompt longer than the model's context (image
-        tokens are never cut off).
+        and placeholders differ in number, for a prompt that is not valid Unicode, and for one longer
+        than the model's context (image tokens are never cut off).
         """
         if len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts came with {len(images)} lists of images")
@@ -166,6 +179,7 @@ class Processor:
         limit = self.config.text.context_length
         rows, masks = [], []
         for prompt, group in zip(prompts, loaded, strict=True):
+            self._expect_text(prompt)
             ids = self._continued(prompt) if continues else self._encoded(prompt)
             placeholders = ids.count(self.config.image_token_index)
             if placeholders != len(group):
@@ -191,6 +205,28 @@ class Processor:
     def streamer(self) -> Streamer:
         """A new decoder for tokens that arrive one at a time."""
         return Streamer(self.tokenizer)
+
+    def _expect_text(self, text: str) -> None:
+        """Raise `UserError` for what need not be encoded to know that it is no prompt."""
+        limit = self.config.text.context_length
+        if len(text) > limit and len(text) > limit * self._longest_token:  # encoding 10 MB would take seconds
+            raise UserError(f"the prompt has {len(text)} characters, the model's context is {limit} tokens")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # so bytes on a command line that are not text reach us
+            raise UserError(f"the prompt is not valid Unicode (character {error.start + 1})") from None
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """The most characters that one token can stand for."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
+    def _role_markers(self) -> set[str]:
+        """What the chat template writes around turns."""
+        turns = [{"role": role, "content": _ANSWER} for role in ("user", "assistant", "user")]
+        _, *between = self.render(turns).split(_ANSWER)
+        return role_markers(between, control_tokens(self.tokenizer))
 
     def _encoded(self, text: str) -> list[int]:
         """Ids of a text, with BOS if the tokenizer has one."""
