@@ -24,10 +24,7 @@ from fuzzer.families import FAMILIES, family_of
 from fuzzer.harness import Harness, Result
 
 Job = tuple[str, str, Family, str]  # the arguments of `Harness.run`
-LISTS: dict[str, dict[str, Family]] = {
-    "named": named.NAMED,
-    "planted": {fault: planted.make_planted(fault) for fault in planted.PLANTED},
-}
+LISTS: dict[str, dict[str, Family]] = {"named": named.NAMED, "planted": planted.PLANTED}
 
 
 def main() -> int:
@@ -53,7 +50,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", default="0", help="case N of a seed is always the same (0)")
     parser.add_argument("--cases", type=int, default=300, metavar="N", help="number of cases (300)")
     only = [*FAMILIES, *LISTS]
-    parser.add_argument("--only", choices=only, metavar="FAMILY", help=f"cases of one family: {', '.join(only)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=only, metavar="FAMILY", help=f"cases of these families: {', '.join(only)}"
+    )
     parser.add_argument("--case", metavar="N|NAME", help="repeat one case, and keep its folder")
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="cases that run at the same time (1)")
     parser.add_argument("--real", action="store_true", help="also run each case as a process of its own, and compare")
@@ -64,18 +63,20 @@ def parse() -> argparse.Namespace:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """The cases to run: all of a list, or as many as asked for, counted from 0; of one family, its first ones."""
-    if args.only in LISTS:
-        for name, make in LISTS[args.only].items():
+    """The cases to run: all of a list, or as many as asked for, counted from 0; of some families, their first ones."""
+    only = args.only or list(FAMILIES)
+    for family in only:
+        for name, make in LISTS.get(family, {}).items():
             if args.case in (None, name):
-                yield name, args.only, make, name
+                yield name, family, make, name
+    if not set(only) & set(FAMILIES):
         return
     number, left = 0, args.cases
     if args.case is not None:
         number, left = int(args.case), 1
     while left:
         family = family_of(number)
-        if args.only in (None, family):
+        if family in only:
             yield str(number), family, FAMILIES[family], f"{args.seed}-{number}"
             left -= 1
         number += 1
@@ -116,7 +117,7 @@ def in_processes(count: int, run_share: Callable[[int], None]) -> None:
 def describe(result: Result, seed: str) -> str:
     """A failed case: the complaint, how to repeat it, and what the command said."""
     only = f" --only {result.family}" if result.family in LISTS else f" --seed {seed}"
-    words = shlex.join(word if len(word) < 200 else f"{word[:80]}…" for word in result.words)
+    words = shlex.join(word if len(word) < 300 else f"{word[:80]}…" for word in result.words)
     lines = [
         f"FAILED {result.family} {result.name}: {result.complaint}",
         f"  repeat: python tests/fuzz/run.py{only} --case {shlex.quote(result.name)}",

@@ -52,9 +52,10 @@ def _decode(vlm: VLM, cache: object) -> list[float]:
 def make_cache(box: Box) -> Case:
     """A saved cache that is damaged: what is loaded goes on with the same numbers."""
     clean = (box.shared / "cache.safetensors").read_bytes()
-    path = box.write("cache.safetensors", mutate_tensors(clean, box.rng))
+    changed = mutate_tensors(clean, box.rng)
+    path = box.write("cache.safetensors", changed.data)
     checkpoint = box.shared / "next"
-    return Case("load_cache", (checkpoint, path), check=lambda ran: _check(box, ran, checkpoint))
+    return Case("load_cache", (checkpoint, path), changed.expect, check=lambda ran: _check(box, ran, checkpoint))
 
 
 def _check(box: Box, ran: Ran, checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, load_file
 
-from fuzzer.case import Box, Case, Expect
+from fuzzer.case import Box, Case
 from fuzzer.child import Ran
 from fuzzer.mutate_json import Mutated, mutate_json
 from fuzzer.mutate_tensors import mutate_tensors
@@ -75,9 +75,8 @@ def damaged_json(box: Box, model: str, name: str, changed: Mutated) -> Case:
     """`generate.py` on a clean checkpoint in which the file `name` has other content."""
     folder = link_checkpoint(box, model)
     box.write(f"{model}/{name}", changed.data)
-    expect = Expect.ANSWER if changed.same else Expect.REFUSAL if changed.broken else Expect.EITHER
     check = same_answer(box, model) if changed.same else some_answer
-    return Case("generate.py", ask(box, folder), expect, check=check)
+    return Case("generate.py", ask(box, folder), changed.expect, check=check)
 
 
 def make_weights(box: Box) -> Case:
@@ -85,11 +84,12 @@ def make_weights(box: Box) -> Case:
     model, name = box.rng.choice(((NEXT, "model.safetensors"), (LLAVA, "model-00001-of-00002.safetensors")))
     folder = link_checkpoint(box, model)
     clean = (box.shared / model / name).read_bytes()
-    path = box.write(f"{model}/{name}", mutate_tensors(clean, box.rng))
+    changed = mutate_tensors(clean, box.rng)
+    path = box.write(f"{model}/{name}", changed.data)
     more = box.rng.choice(((), (), (), ("--dtype", "float16"), ("--dtype", "bfloat16")))
     is_same = same_tensors(path, clean)
     check = same_answer(box, model) if is_same is not False and not more else some_answer
-    return Case("generate.py", ask(box, folder, *more), Expect.EITHER, check=check)
+    return Case("generate.py", ask(box, folder, *more), changed.expect, check=check)
 
 
 def same_tensors(path: Path, clean: bytes) -> bool | None:
@@ -113,13 +113,15 @@ def make_tensors(box: Box) -> Case:
     """`trace.py` with damaged inputs or a damaged trace to follow."""
     flag, name = box.rng.choice((("--inputs", "inputs.safetensors"), ("--teacher_forcing", "trace.safetensors")))
     clean = (box.shared / name).read_bytes()
-    path = box.write(name, mutate_tensors(clean, box.rng))
+    changed = mutate_tensors(clean, box.rng)
+    path = box.write(name, changed.data)
     files = {"--inputs": box.shared / "inputs.safetensors", flag: path}
     out = box.out / "trace.safetensors"
     flags = [word for pair in files.items() for word in pair]
     arguments = ("--model", box.shared / NEXT, *flags, "--steps", _STEPS, "--out", out)
     read = ("input_ids", "pixel_values", "image_sizes") if flag == "--inputs" else ("tokens",)
-    return Case("trace.py", arguments, outputs=[out], check=lambda ran: _check_trace(box, path, clean, read, out))
+    check = lambda ran: _check_trace(box, path, clean, read, out)  # noqa: E731
+    return Case("trace.py", arguments, changed.expect, outputs=[out], check=check)
 
 
 def _check_trace(box: Box, path: Path, clean: bytes, read: tuple[str, ...], out: Path) -> None:

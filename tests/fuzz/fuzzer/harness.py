@@ -15,6 +15,8 @@ from fuzzer.child import WALL_S, Ran, run_forked
 from fuzzer.commands import call, run_real
 from fuzzer.rule import changes, judge, snapshot
 
+_SHOWN = 3000  # characters of an argument or a stream that are kept
+
 
 @dataclass(frozen=True)
 class Result:
@@ -65,8 +67,10 @@ class Harness:
             complaint = _difference(ran, run_real(make(box), box.root))
         if not self.keep:
             shutil.rmtree(box.root)
-        words = case.words() if complaint else ()
-        return Result(name, family, outcome, complaint, time.perf_counter() - started, words, ran.out, ran.err)
+        places = {str(box.root): "CASE", str(self.shared): "SHARED"}
+        words = [_replaced(word, places)[:_SHOWN] for word in case.words()]
+        seconds = time.perf_counter() - started
+        return Result(name, family, outcome, complaint, seconds, words, ran.out[-_SHOWN:], ran.err[-_SHOWN:])
 
     def clean(self, command: str, *arguments: object, keeps: bool = False, stdin: bytes = b"") -> Ran:
         """Run a command on good inputs, once. It has to succeed; what it writes into its own folder is forgotten.
@@ -93,6 +97,12 @@ class Harness:
     def _new_box(self, name: str, seed: str) -> Box:
         folder = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:60]
         return Box.make(self.work / folder, Random(seed), self.shared, self.clean)
+
+
+def _replaced(word: str, names: dict[str, str]) -> str:
+    for name, short in names.items():
+        word = word.replace(name, short)
+    return word
 
 
 def _difference(forked: Ran, real: Ran) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from fuzzer.case import Expect
+
 _DEEP = "[" * 100_000 + "]" * 100_000
 _RAW = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "0.1e", "+1", "01", "'x'", "None", "\x00")
 _MARK = "\ue000"  # stands where raw text goes
@@ -27,6 +29,11 @@ class Mutated:
     data: bytes
     same: bool = False
     broken: bool = False
+
+    @property
+    def expect(self) -> Expect:
+        """What the rule lets a command do that has to read this."""
+        return Expect.ANSWER if self.same else Expect.REFUSAL if self.broken else Expect.EITHER
 
 
 def mutate_json(content: Any, rng: Random) -> Mutated:

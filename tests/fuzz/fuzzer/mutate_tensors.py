@@ -9,35 +9,41 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from fuzzer.mutate_json import JUNK, flip_bytes, mutate_json
+from fuzzer.mutate_json import JUNK, Mutated, flip_bytes, mutate_json
 
 _DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "C64", "f32", "", "X9", 5)
 _LENGTHS = (0, 1, 7, 8, 100_000_001, 2**31, 2**32 + 5, 2**63 - 1, 2**64 - 1)
 Header = dict[str, Any]
 
 
-def mutate_tensors(data: bytes, rng: Random) -> bytes:
-    """A safetensors file that is damaged in one of many ways."""
+def mutate_tensors(data: bytes, rng: Random) -> Mutated:
+    """A safetensors file that is changed in one of many ways."""
     length = int.from_bytes(data[:8], "little")
     header, tensors = json.loads(data[8 : 8 + length]), data[8 + length :]
     kind = rng.random()
-    if kind < 0.2:
-        return rng.choice((_cut, _flip, _append, flip_bytes, _other_length))(data, rng)
-    if kind < 0.4:
-        return _joined(header, rng.choice(_DATA_CHANGES)(tensors, rng))
-    if kind < 0.55:
-        text = mutate_json(header, rng).data
-        return struct.pack("<Q", len(text)) + text + tensors
+    if kind < 0.1:
+        items = rng.sample(list(header.items()), len(header))
+        text = json.dumps(dict(items), indent=rng.choice((None, 1))) + " " * rng.randrange(20)
+        return Mutated(_with_length(text.encode()) + tensors, same=True)
+    if kind < 0.25:
+        return Mutated(rng.choice((_cut, _flip, _append, flip_bytes, _other_length))(data, rng))
+    if kind < 0.45:
+        return Mutated(_joined(header, rng.choice(_DATA_CHANGES)(tensors, rng)))
+    if kind < 0.6:
+        return Mutated(_with_length(mutate_json(header, rng).data) + tensors)
     for _ in range(rng.choice((1, 1, 2))):
         # The second change may not find what the first one has taken away.
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
             header = rng.choice(_HEADER_CHANGES)(header, rng)
-    return _joined(header, tensors)
+    return Mutated(_joined(header, tensors))
 
 
 def _joined(header: Header, tensors: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + tensors
+    return _with_length(json.dumps(header).encode()) + tensors
+
+
+def _with_length(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
 
 
 # Changes of the whole file

@@ -54,7 +54,7 @@ def _(box: Box, file: str) -> Case:
     def check(ran: Ran) -> None:
         assert (box.out / file).is_symlink() and kept.read_bytes() != b"old", "the link was replaced"
 
-    return Case(case.command, case.arguments, Expect.ANSWER, outputs=[kept], check=check)
+    return Case(case.command, case.arguments, Expect.ANSWER, outputs=[box.out], check=check)
 
 
 @named("output to a device", *(place.file for place in paths.OUTPUTS[:5]))

@@ -107,7 +107,7 @@ ATTACKS = (
     "{{ ('x' * 9999)|indent(999999) }}",
     "{{ ('a ' * 99999)|wordwrap(1)|wordwrap(1)|length }}",
     "{{ lipsum(n=99999) }}",
-    "{% macro f() %}{% for i in range(9**6) %}{% for j in range(9**6) %}x{% endfor %}{% endfor %}{% endmacro %}{{ f() }}",
+    "{% macro f() %}{% for i in range(9**6) %}{% for j in range(9**6) %}x{%endfor%}{%endfor%}{% endmacro %}{{ f() }}",
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 9 ** 9 ** 9 }}",
