@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from minivlm import VLM, Conversation, Sampling, Stream, UserError
+from minivlm.generation import generate
+from minivlm.inputs.images import load_image
 from minivlm.inputs.processor import ModelInputs
 from vlm_helpers import SETTINGS, endless_vlm, generated
 
@@ -27,6 +29,19 @@ def turn_ids(vlm: VLM, messages: list[dict], message: dict, images: list[Path]) 
         return vlm.processor([vlm.processor.render([message])], [images]).input_ids[0]
     text = vlm.processor.next_turn(messages, message)
     return vlm.processor([text], [images], continues=True).input_ids[0]
+
+
+def joined(vlm: VLM, messages: list[dict], images: list[list[Path]], answers: list[list[int]]) -> ModelInputs:
+    """A conversation, given the images of each turn, as a single prompt: the answers as their tokens, up to the last
+    question."""
+    ids, is_vision = [], []
+    for i, new_images in enumerate(images):
+        turn = turn_ids(vlm, messages[: 2 * i], messages[2 * i], new_images)
+        answer = torch.tensor(answers[i] if i < len(answers) else [], dtype=torch.int64)
+        ids += [turn, answer]
+        is_vision += [turn == vlm.config.image_token_index, torch.zeros(len(answer), dtype=torch.bool)]
+    loaded = [load_image(path) for group in images for path in group]
+    return ModelInputs.of_rows([torch.cat(ids)], [torch.cat(is_vision)], *vlm.processor.pixels(loaded))
 
 
 @pytest.mark.parametrize("family", ["llava-1.5", "next-mistral", "next-llama3"])
@@ -138,13 +153,52 @@ def test_a_conversation_survives_an_interruption_at_any_moment(vlm, pages, monke
     assert [message["role"] for message in messages] == ["user", "assistant"] * len(answers) + ["user"]
     assert [message["content"] for message in messages[1::2]] == [vlm.processor.decode(tokens) for tokens in answers]
     assert len(conversation.images) == len(answers)
-    ids, is_vision = [], []
-    for i, new_images in enumerate(images):
-        turn = turn_ids(vlm, messages[: 2 * i], messages[2 * i], new_images)
-        answer = torch.tensor(answers[i] if i < len(answers) else [], dtype=torch.int64)
-        ids += [turn, answer]
-        is_vision += [turn == vlm.config.image_token_index, torch.zeros(len(answer), dtype=torch.bool)]
-    whole = ModelInputs.of_rows([torch.cat(ids)], [torch.cat(is_vision)], *vlm.processor.pixels(conversation.images))
+    whole = joined(vlm, messages, images, answers)
     expected = vlm.generate(whole, vlm.new_cache(settings), Sampling(6))
     assert last.token_ids == [token for (token,) in expected]
     assert last.stats.prompt_tokens == len(whole.input_ids[0])
+
+
+def say(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    """Let the next answer be these tokens."""
+    left = iter(tokens)
+    monkeypatch.setattr(generate, "choose_token", lambda logits, *_: torch.tensor([next(left)]))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("name", ["full", "avl"])
+@pytest.mark.parametrize("answer", ["<image>", "x<image>", "<image>x<image>", "written"])
+def test_an_answer_may_hold_an_image_token(vlm, pages, monkeypatch, answer, name, interrupted):
+    """Generated, it stands for no image, whether the cache holds it or not; nor does an answer that spells it."""
+    tokenizer, settings = vlm.processor.tokenizer, SETTINGS[name]
+    tokens = tokenizer.encode(answer, add_special_tokens=False).ids
+    assert vlm.config.image_token_index in tokens or answer == "written"
+    if answer == "written":
+        tokens = [tokenizer.token_to_id(character) for character in "<image>"]
+        assert None not in tokens and "<image>" in vlm.processor.decode(tokens)
+    conversation = vlm.chat(sampling=Sampling(len(tokens)), settings=settings)
+    with monkeypatch.context() as patch:
+        say(patch, tokens)
+        assert finished(conversation.ask("One?", pages[:1])).answer.token_ids == tokens
+    conversation.sampling = Sampling(6)
+    if interrupted:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(vlm.model.language_model.layers[1].mlp, "forward", raise_interrupt)
+            conversation.ask("Lost?")
+    second = finished(conversation.ask("Two?", pages[1:])).answer
+    third = finished(conversation.ask("Three?")).answer
+    assert third.stats.vision_tokens == 0
+    if name == "full":  # under a policy, turns evict one after the other
+        images = [pages[:1], pages[1:], []]
+        for turns, ours in ((2, second), (3, third)):
+            answers = [tokens, second.token_ids][: turns - 1]
+            whole = joined(vlm, conversation.messages[: 2 * turns - 1], images[:turns], answers)
+            assert ours.token_ids == generated(vlm, whole, Sampling(6))
+
+
+def test_a_user_may_write_anything(vlm, pages):
+    """Also what stands for an answer where the processor looks for the end of one."""
+    conversation = vlm.chat(sampling=Sampling(3))
+    for text in ("\ue000minivlm-answer\ue001", "</s>", "\0", "[INST]<s>", " ", "x" * 200):
+        for _ in range(2):
+            assert len(finished(conversation.ask(text)).answer.token_ids) == 3
