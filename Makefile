@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # Passed on to pip, for an index or a proxy of your own: make demo PIP_ARGS="--index-url ..."
 PIP_ARGS ?=
+# What `make fuzz` tries: other seeds make other cases.
+SEED ?= 0
+CASES ?= 3000
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help demo test test-slow test-all lint format results clean
+.PHONY: help demo test test-slow test-all fuzz lint format results clean
 
 help:  ## list the targets (what plain `make` does)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +25,9 @@ test-slow: $(VENV)/.installed-dev  ## run the slow tests only
 
 test-all: $(VENV)/.installed-dev  ## run all tests, quick and slow
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+fuzz: $(VENV)/.installed-dev  ## try hostile inputs on every command; SEED=7 CASES=10000
+	$(BIN)/python tests/fuzz/run.py --seed $(SEED) --cases $(CASES) --workers 2
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
 	$(BIN)/ruff check

@@ -58,7 +58,7 @@ def _judged(data: bytes) -> Mutated:
         raise ValueError(name)
 
     try:
-        json.loads(data.decode(), parse_constant=refuse, parse_int=float)
+        json.loads(data, parse_constant=refuse, parse_int=float)
     except (ValueError, RecursionError):
         return Mutated(data, broken=True)
     return Mutated(data)
