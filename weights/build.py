@@ -94,7 +94,11 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
         )
 
     # 3) Allocate the parameters, fill them from the files and put them into the modules.
-    filled = {name: torch.empty(shape, dtype=final_dtype, device=target) for name, shape in shapes.items()}
+    try:
+        filled = {name: torch.empty(shape, dtype=final_dtype, device=target) for name, shape in shapes.items()}
+    except RuntimeError as error:  # a limit on the process, or another process that was faster
+        words = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the weights take {needed / 1e6:,.2f} MB, {target} has less ({words})") from None
     total = sum(tensor.nbytes for tensor in stored.values())
     quiet = None if progress and total > _LARGE else True  # None: quiet unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {folder.name}", disable=quiet) as bar:

@@ -38,7 +38,7 @@ class _File(Struct, kw_only=True):
     legacy: bool | None = None
     add_prefix_space: bool | None = None
     added_tokens_decoder: Annotated[dict[Id, NamedToken], Meta(max_length=1 << 14)] | None = None
-    extra_special_tokens: _Tokens | dict[str, Any] | None = None
+    extra_special_tokens: _Tokens | dict[str, Text | NamedToken] | None = None
     additional_special_tokens: _Tokens | None = None
 
 
@@ -66,7 +66,7 @@ class TokenSettings:
         file = convert(raw, _File, str(path))
         extra = file.extra_special_tokens
         if isinstance(extra, dict):  # named tokens, such as image_token
-            raw.update({key: token for key, token in extra.items() if key.endswith("_token")})
+            raw.update({key: raw["extra_special_tokens"][key] for key in extra if key.endswith("_token")})
         listed = extra or file.additional_special_tokens or []
         return cls(
             tokenizer_class=file.tokenizer_class,
