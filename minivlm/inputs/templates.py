@@ -6,8 +6,8 @@ one, and one of the built-in templates below if not. Templates may use the helpe
 `generation` tag, which marks answers for training and renders as its body.
 
 A template comes with a checkpoint from the internet, so it is not trusted. It is rendered in Jinja's
-sandbox, which cannot reach Python's internals, and that in a process whose time and memory are
-limited, unless it is one of the templates known to be harmless.
+sandbox, which cannot reach Python's internals, and in a process whose time and memory are limited.
+Only templates known to be harmless are rendered in this process, which saves starting another.
 
 Templates disagree on what `message.content` is. Those of processors expect a list of parts,
 `{"type": "image"}` and `{"type": "text", "text": ...}`; those of text-only models expect a string.
@@ -56,8 +56,9 @@ BUILT_IN = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
 }
-_MAX_SOURCE = 1 << 18  # characters; the longest templates on the hub have about 20,000
-# SHA-256 of the sources of checkpoints' templates that were read and found harmless.
+_MAX_SOURCE = 1 << 18  # characters; LLaVA's templates have about 1,000
+# SHA-256 of the sources of checkpoints' templates that were read and found harmless. Those of the
+# hub are as OpenVINO GenAI quotes them (src/cpp/src/tokenizer.cpp), which also compares them whole.
 _HARMLESS = frozenset(
     {
         "29df85936b11d289257f81fba7f7f78346b63c7610263e2fc39d3a639210a45e",  # weights/demo
