@@ -58,7 +58,7 @@ BUILT_IN = {
 }
 _MAX_SOURCE = 1 << 18  # characters; LLaVA's templates have about 1,000
 # SHA-256 of the sources of checkpoints' templates that were read and found harmless. Those of the
-# hub are as OpenVINO GenAI quotes them (src/cpp/src/tokenizer.cpp), which also compares them whole.
+# hub are as the source of OpenVINO GenAI quotes them, which compares a checkpoint's with them whole.
 _HARMLESS = frozenset(
     {
         "29df85936b11d289257f81fba7f7f78346b63c7610263e2fc39d3a639210a45e",  # weights/demo
