@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -121,13 +121,18 @@ def flags_case(box: Box, command: Command, chosen: Sequence[tuple[str, list[str]
     return Case(command.name, [*command.first, *flags], expect, outputs=[box.out], check=check)
 
 
+def with_words(box: Box, command: Command, *words: str, expect: Expect = Expect.EITHER) -> Case:
+    """A command with further words at its end."""
+    return replace(flags_case(box, command, [("", list(words), False)]), expect=expect)
+
+
 def _flag(command: Command, rng: Random) -> tuple[str, list[str], bool]:
     """A random flag of a command."""
     if rng.random() < 0.08:
         return "", list(rng.choice(_JUNK)), False
     name = rng.choice(list(command.kinds))
     good, odd, bad = VALUES[command.kinds[name]]
-    pool = rng.choice([values for values in (good, odd, odd, bad) if values])
+    pool = rng.choice([values for values in (good, good, good, odd, odd, bad) if values])
     value = rng.choice(pool)
     spelled = "--" + (name if rng.random() < 0.7 else name.replace("_", "-"))
     return name, rng.choice(([f"{spelled}={value}"], [spelled, value])), pool is bad and not value.startswith("-")
@@ -239,41 +244,42 @@ _EVAL_FLAGS = {
     "tasks": "text",
     "num_fewshot": "text",
 }
-COMMANDS = [
-    Command(
-        "generate.py",
-        _generate,
-        {**_MODEL_FLAGS, **_POLICY_FLAGS, "temperature": "number", "top_p": "number", "max_new_tokens": "count"}
-        | {"stats": "bool", "pad_to_square": "bool", "prompt": "text"},
-        lambda box, ran: some_answer(ran),
-        frozenset({"device", "seed", "top_p", "stats"}),
-        weight=5,
-    ),
-    Command(
-        "generate.py",
-        _generate_overlay,
-        {**_POLICY_FLAGS, "overlay_layer": "count", "overlay_step": "count", "stats": "bool"},
-        _check_overlay,
-        weight=2,
-    ),
-    Command("trace.py", _trace, {**_MODEL_FLAGS, **_POLICY_FLAGS, "prompt": "text"}, _check_trace, weight=4),
-    Command(
-        "benchmark.py",
-        _benchmark,
-        {**_MODEL_FLAGS, "batch": "count", "vision_tokens": "count", "text_tokens": "count", "new_tokens": "count"}
-        | {"repeats": "count", "prefills": "count", "policy": "text", "peers": "text", "shape": "text"}
-        | {"random_weights": "bool", "largest_batch": "bool", "kv_budget": "number"},
-        _check_benchmark,
-        weight=4,
-    ),
-    Command(
-        "attention_stats.py",
-        _attention,
-        {**_MODEL_FLAGS, "max_new_tokens": "count", "top": "number", "distances": "count", "pages": "count"},
-        _check_attention,
-        weight=3,
-    ),
-    Command("eval", _eval, _EVAL_FLAGS, _check_eval, weight=5),
-    Command("eval", _sweep, {**_EVAL_FLAGS, "policies": "policy", "budgets": "number"}, _check_sweep, first=["sweep"]),
-    Command("eval", _compare, {"runs": "text"}, lambda box, ran: some_answer(ran), first=["compare"]),
-]
+GENERATE = Command(
+    "generate.py",
+    _generate,
+    {**_MODEL_FLAGS, **_POLICY_FLAGS, "temperature": "number", "top_p": "number", "max_new_tokens": "count"}
+    | {"stats": "bool", "pad_to_square": "bool", "prompt": "text"},
+    lambda box, ran: some_answer(ran),
+    frozenset({"device", "seed", "top_p", "stats"}),
+    weight=5,
+)
+OVERLAY = Command(
+    "generate.py",
+    _generate_overlay,
+    {**_POLICY_FLAGS, "overlay_layer": "count", "overlay_step": "count", "stats": "bool"},
+    _check_overlay,
+    weight=2,
+)
+TRACE = Command("trace.py", _trace, {**_MODEL_FLAGS, **_POLICY_FLAGS, "prompt": "text"}, _check_trace, weight=4)
+BENCHMARK = Command(
+    "benchmark.py",
+    _benchmark,
+    {**_MODEL_FLAGS, "batch": "count", "vision_tokens": "count", "text_tokens": "count", "new_tokens": "count"}
+    | {"repeats": "count", "prefills": "count", "policy": "text", "peers": "text", "shape": "text"}
+    | {"random_weights": "bool", "largest_batch": "bool", "kv_budget": "number"},
+    _check_benchmark,
+    weight=4,
+)
+ATTENTION = Command(
+    "attention_stats.py",
+    _attention,
+    {**_MODEL_FLAGS, "max_new_tokens": "count", "top": "number", "distances": "count", "pages": "count"},
+    _check_attention,
+    weight=3,
+)
+EVAL = Command("eval", _eval, _EVAL_FLAGS, _check_eval, weight=5)
+SWEEP = Command(
+    "eval", _sweep, {**_EVAL_FLAGS, "policies": "policy", "budgets": "number"}, _check_sweep, first=["sweep"]
+)
+COMPARE = Command("eval", _compare, {"runs": "text"}, lambda box, ran: some_answer(ran), first=["compare"])
+COMMANDS = (GENERATE, OVERLAY, TRACE, BENCHMARK, ATTENTION, EVAL, SWEEP, COMPARE)

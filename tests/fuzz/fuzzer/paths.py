@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuzzer.case import Box, Case, Expect
-from fuzzer.checkpoints import INDEX, link_checkpoint
+from fuzzer.checkpoints import JSON_FILES, link_checkpoint
 from fuzzer.child import Ran
 from fuzzer.data import data_case
 from fuzzer.world import LLAVA, NEXT, QUESTION, eval_flags, run_folder
@@ -112,9 +112,16 @@ NO_FILES: tuple[Callable[[Path], Name], ...] = (
     *(long_name, long_path, below_a_file, no_text, empty, line_break),
 )
 
-
+WAITING = (fifo, zero_link, zero_device, long_name)  # to read these takes for ever, or was a traceback
 # A case must not write to a device of the machine.
 ODD_TARGETS = (*(make for make in NO_FILES if make not in (zero_link, zero_device)), link)
+
+
+OTHER_FILES = (
+    (NEXT, "model.safetensors"),
+    (LLAVA, "chat_template.jinja"),
+    (LLAVA, "model-00002-of-00002.safetensors"),
+)
 
 
 @dataclass(frozen=True)
@@ -126,9 +133,8 @@ class Place:
 
 
 def _generate(box: Box, *more: object, model: object = None, image: object = None) -> list[object]:
-    model, image = (
-        given if given is not None else box.shared / good for given, good in ((model, NEXT), (image, "wide.png"))
-    )
+    model = box.shared / NEXT if model is None else model
+    image = box.shared / "wide.png" if image is None else image
     return ["--model", model, "--image", image, "--prompt", QUESTION, "--max_new_tokens", 2, *more]
 
 
@@ -158,45 +164,47 @@ def _eval(box: Box, *more: object) -> Case:
     return Case("eval", [*eval_flags(box.shared), "--output_path", box.out / "runs", *more], Expect.REFUSAL)
 
 
-INPUTS = (
-    Place("page.png", lambda box, name: Case("generate.py", _generate(box, image=name), Expect.REFUSAL)),
-    Place("model", lambda box, name: Case("generate.py", _generate(box, model=name or "x"), Expect.REFUSAL)),
-    Place("p.py", lambda box, name: Case("generate.py", _generate(box, "--policy_file", name), Expect.REFUSAL)),
-    Place("i.safetensors", lambda box, name: _trace(box, "--inputs", name)),
-    Place("t.safetensors", lambda box, name: _trace(box, "--teacher_forcing", name)),
-    Place("page.png", lambda box, name: _stats(box, "--image", name)),
-    Place("shape", lambda box, name: _benchmark(box, "--shape", name)),
-    Place("cache", lambda box, name: Case("load_cache", [box.shared / NEXT, name], Expect.REFUSAL)),
-    Place("data", lambda box, name: _eval(box, "--data", name)),
-    Place("model", lambda box, name: _eval(box, "--model", name)),
-    Place("run", lambda box, name: Case("eval", ["compare", run_folder(box.shared), name], Expect.REFUSAL)),
-    *(_in_checkpoint(NEXT, file) for file in ("config.json", "generation_config.json", "preprocessor_config.json")),
-    *(_in_checkpoint(NEXT, file) for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.json")),
-    *(_in_checkpoint(NEXT, file) for file in ("model.safetensors", "special_tokens_map.json")),
-    *(_in_checkpoint(LLAVA, file) for file in (INDEX, "chat_template.jinja", "model-00002-of-00002.safetensors")),
-)
-OUTPUTS = (
-    Place("o.png", lambda box, name: Case("generate.py", _generate(box, "--overlay", name), Expect.REFUSAL)),
-    Place("t.safetensors", lambda box, name: _trace(box, "--out", name)),
-    Place("s.json", lambda box, name: _stats(box, "--json", name)),
-    Place("s.png", lambda box, name: _stats(box, "--plot", name)),
-    Place("b.json", lambda box, name: _benchmark(box, "--json", name)),
-    Place("runs", lambda box, name: _eval(box, "--output_path", name)),
-)
+# By what a user would call them.
+INPUTS: dict[str, Place] = {
+    "--image": Place("page.png", lambda box, name: Case("generate.py", _generate(box, image=name), Expect.REFUSAL)),
+    "--model": Place("model", lambda box, name: Case("generate.py", _generate(box, model=name or "x"), Expect.REFUSAL)),
+    "--policy_file": Place(
+        "p.py", lambda box, name: Case("generate.py", _generate(box, "--policy_file", name), Expect.REFUSAL)
+    ),
+    "--inputs": Place("i.safetensors", lambda box, name: _trace(box, "--inputs", name)),
+    "--teacher_forcing": Place("t.safetensors", lambda box, name: _trace(box, "--teacher_forcing", name)),
+    "attention_stats.py --image": Place("page.png", lambda box, name: _stats(box, "--image", name)),
+    "--shape": Place("shape", lambda box, name: _benchmark(box, "--shape", name)),
+    "a saved cache": Place("cache", lambda box, name: Case("load_cache", [box.shared / NEXT, name], Expect.REFUSAL)),
+    "--data": Place("data", lambda box, name: _eval(box, "--data", name)),
+    "eval --model": Place("model", lambda box, name: _eval(box, "--model", name)),
+    "a run": Place("run", lambda box, name: Case("eval", ["compare", run_folder(box.shared), name], Expect.REFUSAL)),
+    **{f"{model}/{file}": _in_checkpoint(model, file) for model, files in JSON_FILES.items() for file in files},
+    **{f"{model}/{file}": _in_checkpoint(model, file) for model, file in OTHER_FILES},
+}
+OUTPUTS: dict[str, Place] = {
+    "--overlay": Place("o.png", lambda box, name: Case("generate.py", _generate(box, "--overlay", name))),
+    "--out": Place("t.safetensors", lambda box, name: _trace(box, "--out", name)),
+    "attention_stats.py --json": Place("s.json", lambda box, name: _stats(box, "--json", name)),
+    "attention_stats.py --plot": Place("s.png", lambda box, name: _stats(box, "--plot", name)),
+    "benchmark.py --json": Place("b.json", lambda box, name: _benchmark(box, "--json", name)),
+    "--output_path": Place("runs", lambda box, name: _eval(box, "--output_path", name)),
+}
 
 
 def make_path(box: Box) -> Case:
     """Some name that is no file, in some place; or an image that a data set names."""
     kind = box.rng.random()
     if kind < 0.6:
-        return input_case(box, box.rng.choice(INPUTS), box.rng.choice(NO_FILES))
+        return input_case(box, box.rng.choice(list(INPUTS)), box.rng.choice(NO_FILES))
     if kind < 0.9:
-        return output_case(box, box.rng.choice(OUTPUTS), box.rng.choice(ODD_TARGETS))
+        return output_case(box, box.rng.choice(list(OUTPUTS)), box.rng.choice(ODD_TARGETS))
     return image_of_a_record(box, box.rng.choice(NO_FILES))
 
 
-def input_case(box: Box, place: Place, make: Callable[[Path], Name]) -> Case:
-    """A name that is no file where a command reads one."""
+def input_case(box: Box, label: str, make: Callable[[Path], Name]) -> Case:
+    """A name that is no file in one of the places of `INPUTS`."""
+    place = INPUTS[label]
     for model in (NEXT, LLAVA):
         if place.file.startswith(f"{model}/"):
             link_checkpoint(box, model)
@@ -204,8 +212,9 @@ def input_case(box: Box, place: Place, make: Callable[[Path], Name]) -> Case:
     return place.case(box, make(box.inputs / place.file))
 
 
-def output_case(box: Box, place: Place, make: Callable[[Path], Name]) -> Case:
-    """A name where a command writes. New names are written; so are devices, and files through links."""
+def output_case(box: Box, label: str, make: Callable[[Path], Name]) -> Case:
+    """A name in one of the places of `OUTPUTS`. New names are written; so are devices, and files through links."""
+    place = OUTPUTS[label]
     path = box.out / place.file
     name = make(path)
     case = place.case(box, name)
