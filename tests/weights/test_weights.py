@@ -145,17 +145,6 @@ def test_a_folder_wins_over_the_hub(tmp_path, monkeypatch):
 # What is refused
 
 
-@pytest.mark.parametrize(
-    "model", ["nowhere", "./no/where", "/no/where", "a/b/c", "owner/", "C:\\model", Path("owner/name")]
-)
-def test_unknown_folder(model):
-    refused(lambda: find_checkpoint(model), str(model), "no such folder")
-
-
-def test_a_file_is_not_a_folder(single):
-    refused(lambda: find_checkpoint(single / SINGLE), SINGLE, "expected a checkpoint folder")
-
-
 def test_no_config(single):
     (single / "config.json").unlink()
     refused(lambda: load_model(single), "no config.json")
@@ -265,6 +254,24 @@ def test_flipped_header_length(single, bit):
         (lambda text: text.replace('"shape":[64]', '"shape":[64.0]', 1), "shape"),
         (lambda text: text.replace('"data_offsets"', '"offsets"', 1), "data_offsets"),
         (lambda text: text.replace("mlp.up_proj", "mlp.gate_proj", 1), "there twice"),
+        (lambda text: "[" * 100_000, "damaged"),
+        (
+            lambda text: "{" + '"x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},' * 100_000 + text[1:],
+            "twice",
+        ),
+        (lambda text: text.replace('"shape":[64]', '"shape":[true]', 1), "shape[0]: expected int"),
+        (lambda text: text.replace('"shape":[64]', f'"shape":[{10**400}]', 1), "shape[0]: expected int <"),
+        (lambda text: text.replace('"shape":[64]', f'"shape":[{"9" * 5000}]', 1), "damaged"),
+        (
+            lambda text: text.replace('"shape":[64]', f'"shape":{[1] * 1000}', 1),
+            "shape: expected array of length <= 16",
+        ),
+        (
+            lambda text: text.replace('"data_offsets":[', '"data_offsets":[0,', 1),
+            "data_offsets: expected array of length 2",
+        ),
+        (lambda text: text.replace('"dtype":"F32"', '"dtype":[]', 1), "dtype: expected str"),
+        (lambda text: text + " " * (1 << 24), "expected at most 16777216"),
     ],
 )
 def test_damaged_header(single, change, said):
@@ -346,9 +353,22 @@ def test_what_does_not_fit_is_said_before_loading(single, monkeypatch):
     refused(lambda: load_model(single, device="cpu"), "take 0.61 MB in float32", "cpu has 0.50 MB free")
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:0:1", ""])
+@pytest.mark.parametrize(
+    "device", ["tpu", "cuda:99", "cpu:0:1", "", "cuda:99999999999999999999", "cuda:٣", "cuda:00", "cpu\n"]
+)
 def test_device(single, device):
     refused(lambda: load_model(single, device=device), f"device {device!r}")
+
+
+def test_a_process_that_may_not_allocate_the_weights(single, monkeypatch):
+    def full(*size, device=None, **options):
+        if device == torch.device("cpu"):
+            raise RuntimeError("[enforce fail] you tried to allocate 1 bytes\nsecond line")
+        return empty(*size, device=device, **options)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", full)
+    refused(lambda: load_model(single, device="cpu"), "the weights take 0.61 MB", "enforce fail")
 
 
 def test_dtype_name(single):
