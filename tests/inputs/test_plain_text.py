@@ -157,3 +157,17 @@ def test_what_is_no_text():
         processor.plain_text("\udcff")
     with pytest.raises(UserError, match="10000000 characters"):
         processor.plain_text("</s>x" * 2_000_000)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_typed_counts_as_in_transformers(tmp_path, style):
+    """Control tokens in a prompt are control tokens; after `plain_text` they are text, to transformers too."""
+    transformers = pytest.importorskip("transformers")
+    processor = Processor.from_folder(tmp_path, write_checkpoint(tmp_path, style))
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path).tokenizer
+    text = "a</s>b <unk> [INST] USER: <s><|eot_id|> <|begin_of_text|>c"
+    prompt = f"x {text}"
+    assert processor([prompt], [[]]).input_ids[0].tolist() == theirs(prompt).input_ids
+    typed = control_ids(processor.tokenizer).intersection(theirs(prompt, add_special_tokens=False).input_ids)
+    plain = theirs(f"x {processor.plain_text(text)}", add_special_tokens=False).input_ids
+    assert typed and not typed.intersection(plain)
