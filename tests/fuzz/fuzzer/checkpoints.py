@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import torch
 from safetensors.torch import load, load_file
@@ -31,6 +33,18 @@ JSON_FILES = {  # of each checkpoint, with how often each is damaged
         "chat_template.json": 1,
     },
     LLAVA: {"config.json": 3, "processor_config.json": 3, "tokenizer.json": 1, INDEX: 3},
+}
+DEFAULTS: dict[str, dict[str, Any]] = {  # what a file means without saying so
+    "config.json": {
+        "text_config": {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "use_cache": True},
+        "vision_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3},
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": False,
+        "ignore_index": -100,
+    },
+    "generation_config.json": {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "max_length": 20},
+    "preprocessor_config.json": {"do_resize": True, "do_rescale": True, "resample": 3, "rescale_factor": 1 / 255},
 }
 _NEW_TOKENS = 4
 _STEPS = 4
@@ -67,8 +81,20 @@ def make_json(box: Box) -> Case:
     """`generate.py` on a checkpoint with one damaged JSON file."""
     model = box.rng.choice((NEXT, NEXT, LLAVA))
     name = box.rng.choice([name for name, count in JSON_FILES[model].items() for _ in range(count)])
-    changed = mutate_json(json.loads((box.shared / model / name).read_bytes()), box.rng)
-    return damaged_json(box, model, name, changed)
+    content = json.loads((box.shared / model / name).read_bytes())
+    if name in DEFAULTS and box.rng.random() < 0.1:
+        written = _with_defaults(content, DEFAULTS[name], box.rng)
+        return damaged_json(box, model, name, Mutated(json.dumps(written).encode(), same=True))
+    return damaged_json(box, model, name, mutate_json(content, box.rng))
+
+
+def _with_defaults(content: dict[str, Any], defaults: dict[str, Any], rng: Random) -> dict[str, Any]:
+    """Some of the defaults written out, where the content does not say otherwise."""
+    chosen = {key: value for key, value in defaults.items() if isinstance(value, dict) or rng.random() < 0.5}
+    for key, value in chosen.items():
+        if isinstance(value, dict):
+            chosen[key] = _with_defaults(content[key], value, rng)
+    return {**chosen, **{key: value for key, value in content.items() if not isinstance(chosen.get(key), dict)}}
 
 
 def damaged_json(box: Box, model: str, name: str, changed: Mutated) -> Case:

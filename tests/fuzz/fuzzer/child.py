@@ -88,10 +88,13 @@ def run_forked(
 
 def _watch(pid: int, streams: Path, wall_s: float) -> Ran:
     handle = os.pidfd_open(pid)
-    in_time = bool(select.select([handle], [], [], wall_s)[0])
-    os.close(handle)
-    if not in_time:
-        os.kill(pid, signal.SIGKILL)
+    in_time = False
+    try:
+        in_time = bool(select.select([handle], [], [], wall_s)[0])
+    finally:  # also after Ctrl-C, which the child in its session of its own does not get
+        os.close(handle)
+        if not in_time:
+            os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     left_running = not _all_ended(_GRACE_S if in_time else 0.0)
     while not _all_ended(0.1):

@@ -52,13 +52,17 @@ def mutate_json(content: Any, rng: Random) -> Mutated:
 
 
 def _judged(data: bytes) -> Mutated:
-    """Whether it is still JSON, as Python's own parser sees it, which knows NaN but no numbers of 5,000 digits."""
+    """Whether it is still JSON for Python's own parser, which would let NaN pass.
+
+    Bytes that are no text are no reason to refuse a file if they stand in a name or text that nobody reads.
+    """
 
     def refuse(name: str) -> None:
         raise ValueError(name)
 
     try:
-        json.loads(data, parse_constant=refuse, parse_int=float)
+        text = data.decode(json.detect_encoding(data), errors="replace")
+        json.loads(text, parse_constant=refuse, parse_int=float)  # float: Python reads no integer of 5,000 digits
     except (ValueError, RecursionError):
         return Mutated(data, broken=True)
     return Mutated(data)

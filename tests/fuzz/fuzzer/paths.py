@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fuzzer.case import Box, Case, Expect
@@ -224,7 +224,8 @@ def output_case(box: Box, label: str, make: Callable[[Path], Name]) -> Case:
         assert before in (None, stat.S_IFLNK) or _kind(path) == before, "what was no file was replaced"
         assert not path.is_symlink() or before == stat.S_IFLNK, "a link was made"
 
-    return Case(case.command, case.arguments, Expect.EITHER, outputs=[box.out], check=check)
+    outputs = [box.root if name == "" else box.out]  # the empty name of a folder is the current one
+    return replace(case, expect=Expect.EITHER, outputs=outputs, check=check)
 
 
 def _kind(path: Path) -> int | None:

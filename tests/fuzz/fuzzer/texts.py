@@ -86,7 +86,6 @@ def chat_case(box: Box, stdin: bytes | None, *more: object, expect: Expect = Exp
     def check(ran: Ran) -> None:
         refused = ran.err.count("error: ")
         answered = ran.out.count("\n")
-        assert bool(asked) <= bool(refused + answered), "neither an answer nor an error"
         assert answered + refused >= len(asked), f"{len(asked)} questions, {answered} answers, {refused} errors"
 
     flags = ["--model", box.shared / NEXT, "--image", box.shared / "wide.png", "--max_new_tokens", 3, "--chat"]
