@@ -11,11 +11,13 @@ from PIL import Image
 from minivlm.app.cli import complain, note
 from minivlm.app.report import describe_stats
 from minivlm.errors import UserError
+from minivlm.files import reason
 from minivlm.generation.answers import Stream
 from minivlm.generation.vlm import Conversation
 from minivlm.inputs.images import load_image
 
 _IMAGE_COMMAND = "/image"
+_LONGEST_LINE = 1 << 20  # characters; what never ends is no question
 
 
 def show(stream: Stream, stats: bool) -> bool:
@@ -78,12 +80,16 @@ def _questions(first: str | None) -> Iterator[str]:
         yield first
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> ") if sys.stdin.isatty() else sys.stdin.readline(_LONGEST_LINE + 1)
         except (EOFError, KeyboardInterrupt):
             if sys.stdin.isatty():
                 print()
             return
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not text in {error.encoding}") from None
+        except OSError as error:
+            raise UserError(f"standard input cannot be read ({reason(error)})") from None
+        if len(line) > _LONGEST_LINE:
+            raise UserError(f"standard input has a line of more than {_LONGEST_LINE} characters")
         if line.strip():
-            yield line
+            yield line.removesuffix("\n")
+        elif not line and not sys.stdin.isatty():
+            return

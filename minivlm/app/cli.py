@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
+import logging
+import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minivlm.app.policy_flags import given, parse_bool, spellings, without_effect
+from minivlm.app.policy_flags import given, spellings, without_effect
+from minivlm.app.streams import OutputError, standard_streams
+from minivlm.app.values import READERS
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 
@@ -31,14 +35,17 @@ class Parser(argparse.ArgumentParser):
     def flag(self, name: str, **options: Any) -> None:
         """Add a flag in both spellings, `--like_this` and `--like-this`.
 
-        `options` are those of `add_argument`.
+        `options` are those of `add_argument`; the types int and float take no number that torch
+        cannot hold (see `minivlm.app.values`).
         """
+        if "type" in options:
+            options["type"] = READERS.get(options["type"], options["type"])
         self.add_argument(*spellings(name), **{"dest": name, **options})
 
     def switch(self, name: str, *, default: bool | None = False, help: str) -> None:
         """Add a boolean flag, which takes true/false or stands alone."""
         stands_alone = dict(nargs="?", const=True, metavar="BOOL")
-        self.flag(name, type=parse_bool, default=default, help=help, **stands_alone)
+        self.flag(name, type=bool, default=default, help=help, **stands_alone)
 
     def model_flags(self) -> None:
         """Add the flags of every script that loads a model."""
@@ -74,31 +81,48 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Run a script's `main`.
 
-    A user's mistake becomes one line on stderr and exit status 2; Ctrl-C becomes exit status 130.
+    A user's mistake, too little memory, and an output that cannot be written become one line on
+    stderr and exit status 2; Ctrl-C becomes exit status 130, a reader that went away 1. What else
+    is raised is a bug, and keeps its traceback.
     """
-    try:
-        main(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        complain(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output is gone, so there is nobody to tell. Python flushes stdout once
-        # more when it exits; redirected to the null device, that cannot fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    # What Pillow warns of and logs is either harmless or an error that it raises as well.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with standard_streams():
+        try:
+            try:
+                main(sys.argv[1:] if arguments is None else arguments)
+            finally:
+                sys.stdout.flush()
+        except (UserError, OutputError) as error:
+            complain(error)
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            complain(UserError("out of memory (expected less: a smaller model, smaller numbers, or fewer inputs)"))
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # the reader of our output is gone, so there is nobody to tell
+            sys.exit(1)
 
 
-def complain(error: UserError) -> None:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch could not allocate; torch says so in words, except on a GPU."""
+    words = "can't allocate memory|not enough memory|bad_alloc|out of memory"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
+
+
+def complain(error: Exception) -> None:
     """Report a user's mistake in one line on stderr."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
 
 
 def note(text: str) -> None:
     """Report in one line on stderr something that is not a mistake but may surprise the user."""
-    print(f"note: {text}", file=sys.stderr)
+    print("note: " + " ".join(text.split()), file=sys.stderr)
 
 
 def note_settings(settings: CacheSettings, args: argparse.Namespace, images: bool = True) -> None:

@@ -148,7 +148,7 @@ def token_states(recorder: Recorder, step: int | None = None) -> Tensor:
     fate = recorder.fate[:, :, vision]  # [L, H_kv, N]
     is_kept = fate == HELD
     if step is not None:
-        is_kept |= fate > step  # evicted later
+        is_kept |= fate > min(step, torch.iinfo(fate.dtype).max)  # evicted later
     kept = is_kept.float().mean(dim=1)  # [L, N]
     core = kept
     if choices:

@@ -7,29 +7,22 @@ policy that lives outside of this tree. Flags keep the spelling of the A-VL auth
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from minivlm.app.values import READERS
 from minivlm.cache.policies import PRESETS, Preset, preset
 from minivlm.cache.settings import CacheSettings, flag_names
 from minivlm.errors import UserError
+from minivlm.files import read_bytes
 
 _DEST = "setting."  # begins the names of these flags in a namespace
 _PLACEHOLDERS = {bool: "BOOL", float: "F", int: "N", str: "TEXT"}
-
-
-def parse_bool(text: str) -> bool:
-    """Read true/false, yes/no or 1/0. Anything else is an error, where `bool(text)` would make it true."""
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def spellings(flag: str) -> list[str]:
@@ -67,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] = ()
             group.add_argument(
                 *spellings(flag),
                 dest=_DEST + flag,
-                type=parse_bool if value_type is bool else value_type,
+                type=READERS[value_type],
                 default=argparse.SUPPRESS,  # absent from the namespace unless given, so that a preset's value holds
                 help=setting.metadata["help"] + default,
                 metavar=_PLACEHOLDERS[value_type],
@@ -122,21 +115,22 @@ def load_policy_file(path: Path) -> dict[str, Preset]:
     The file defines one subclass of `CacheSettings`, a dataclass whose field `policy` has the policy's name as its
     default. Raises `UserError` if the file cannot be run or does not do that.
     """
-    if not path.is_file():
-        raise UserError(f"--policy_file {path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"minivlm_policy_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    source = read_bytes(path)
+    if path.suffix != ".py":
         raise UserError(f"--policy_file {path}: not a Python file (expected a name that ends in .py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    module = ModuleType(f"minivlm_policy_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        exec(compile(source, path, "exec"), vars(module))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: the file does not decide how the command ends
         raise UserError(f"--policy_file {path}: {type(error).__name__}: {error}") from error
     classes = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, CacheSettings) and value.__module__ == spec.name
+        if isinstance(value, type) and issubclass(value, CacheSettings) and value.__module__ == module.__name__
     ]
     if len(classes) != 1:
         raise UserError(f"--policy_file {path}: defines {len(classes)} subclasses of CacheSettings (expected one)")
@@ -149,8 +143,8 @@ def load_policy_file(path: Path) -> dict[str, Preset]:
     if inspect.isabstract(settings):
         raise UserError(f"--policy_file {path}: {settings.__name__} has no method `build`")
     name = getattr(settings, "policy", None)
-    if name is None or name in PRESETS:
-        named = "has no name" if name is None else f"is called {name!r}, which is taken"
+    if not isinstance(name, str) or name in PRESETS:
+        named = f"is called {name!r}, which is taken" if name in PRESETS else "has no name"
         raise UserError(
             f"--policy_file {path}: the policy {named} "
             f'(expected a field like `policy: str = "{path.stem}"` in {settings.__name__})'

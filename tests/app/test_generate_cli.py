@@ -311,7 +311,7 @@ def test_ctrl_c_ends_a_turn_and_the_conversation_goes_on(endless):
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
         lines += [process.stderr.readline().decode() for _ in range(4)]
-        os.read(process.stdout.fileno(), 1 << 16)  # the rest of the answer, which ends in a line break
+        process.stdout.readline()  # the rest of the answer
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, b"", b"")
     (first, _), (second, _) = prefilled("".join(lines))
@@ -322,12 +322,6 @@ def test_status_and_stderr_of_a_process(tmp_path):
     process = start("generate", "--model", tmp_path / "nowhere", "--prompt", "Hi?")
     out, err = process.communicate(timeout=120)
     refused(Ran(process.returncode, out.decode(), err.decode()), tmp_path / "nowhere", "no such folder")
-
-
-def test_standard_input_that_is_not_text(model):
-    process = start("generate", "--model", model, "--chat", PYTHONIOENCODING="utf-8:strict")
-    out, err = process.communicate(b"\xff\xfe\n", timeout=120)
-    refused(Ran(process.returncode, out.decode(), err.decode()), "standard input is not text")
 
 
 def test_a_reader_that_goes_away(endless):

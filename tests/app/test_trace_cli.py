@@ -162,7 +162,7 @@ NEXT = GOLDEN / "next-s"
         ("--teacher_forcing nowhere", "nowhere: no such file"),
         ("--model nowhere", "nowhere: no such folder"),
         ("--inputs nowhere", "nowhere: no such file"),
-        ("--out nowhere/out", "no folder nowhere"),
+        ("--out nowhere/out", "there is no folder"),
         ("--out .", "is a folder"),
     ],
 )

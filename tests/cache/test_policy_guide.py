@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -144,6 +145,13 @@ REFUSED = {
         "the policy has no name (expected a field like `policy: str =",
     ),
     "no Python": ("def:\n", "SyntaxError"),
+    "an exit": ("import sys\nsys.exit(0)\n", "SystemExit: 0"),
+    "no end": ("def f(): f()\nf()\n", "RecursionError"),
+    "an error of its own": ("class E(BaseException): ...\nraise E\n", "E: "),
+    "a zero byte": ("x = '\0'\n", "null bytes"),
+    "no text": ("x = '\udcff'\n", "SyntaxError"),
+    "deep": ("(" * 10_000, "Error"),
+    "a name that is no text": (CLASS + "    policy: int = 3\n", "the policy has no name"),
     "an error": ("1 / 0\n", "ZeroDivisionError: division by zero"),
     "another type": (NAMED + "    kv_budget: int = setting(1, 'x')\n", "--kv_budget has another type"),
     "no type of a flag": (NAMED + "    x: tuple = setting((), 'x')\n", "no type of a flag"),
@@ -153,15 +161,22 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_files_that_are_refused(case, tmp_path):
     text, complaint = REFUSED[case]
-    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "mine.py").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError) as error:
         policy_of(tmp_path / "mine.py")
     assert complaint in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]  # and no compiled file
 
 
 def test_places_where_no_policy_is(tmp_path):
-    for path in (tmp_path, tmp_path / "none.py"):
-        with pytest.raises(UserError, match="no such file"):
+    os.mkfifo(tmp_path / "fifo.py")
+    for path, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.py", "no such file"),
+        (tmp_path / "fifo.py", "is a FIFO"),
+        (tmp_path / ("x" * 300), "name too long"),
+    ):
+        with pytest.raises(UserError, match=said):
             policy_of(path)
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(UserError, match="not a Python file"):

@@ -136,17 +136,18 @@ REFUSED = {
     "--vision_score_window 129": "--vision_score_window is 129 (expected at most 128 queries)",
     "--policy avl --kv_budget 0": "--kv_budget is 0 (expected a share above 0, up to 1)",
     "--policy avl --kv_budget 1.01": "--kv_budget is 1.01 (expected a share above 0, up to 1)",
-    "--policy avl --kv_budget nan": "--kv_budget is nan (expected a share above 0, up to 1)",
+    "--policy avl --kv_budget nan": "'nan' is not a finite number",
     "--kv_budget 0.5": "the full cache holds everything",
     "--text_pruning_flag --kv_budget 0.5": "the full cache holds everything",
-    "--text_init_cache 2.5": "argument --text_init_cache/--text-init-cache: invalid int value: '2.5'",
-    "--text_pruning_rate half": "argument --text_pruning_rate/--text-pruning-rate: invalid float value: 'half'",
+    "--text_init_cache 2.5": "argument --text_init_cache/--text-init-cache: '2.5' is not an integer of at most 64 bits",
+    "--text_pruning_rate half": "argument --text_pruning_rate/--text-pruning-rate: 'half' is not a finite number",
     **{
         f"--{flag} {rate}": f"--{flag} is {rate} (expected a share from 0 to 1)"
         for flag, default in ORIGINAL.items()
         if isinstance(default, float)
-        for rate in ("-0.1", "1.5", "nan", "inf")
+        for rate in ("-0.1", "1.5")
     },
+    **{f"--vision_adaptive_attention_rate {rate}": f"'{rate}' is not a finite number" for rate in ("nan", "inf")},
 }
 
 
@@ -155,6 +156,12 @@ def test_what_is_refused_is_said_in_one_line(line):
     with pytest.raises(UserError) as error:
         parse(line)
     assert REFUSED[line] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_rate_that_is_no_number_is_refused_without_flags_too():
+    for name in ("vision_rate", "vision_compute_rate", "filter_rate", "text_rate", "text_hh_rate", "kv_budget"):
+        with pytest.raises(UserError, match="is nan"):
+            AVLSettings(**{name: float("nan")})
 
 
 def test_the_filter_lies_inside_the_model():
