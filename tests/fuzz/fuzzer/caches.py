@@ -13,6 +13,7 @@ from fuzzer.case import Box, Case
 from fuzzer.child import Ran
 from fuzzer.mutate_tensors import mutate_tensors
 from minivlm import VLM, preset
+from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.storage import load_cache, save_cache
 from minivlm.generation.steps import decode_step, prefill_step
 
@@ -44,7 +45,7 @@ def go_on(arguments: Sequence[str]) -> None:
         print(_decode(vlm, cache))
 
 
-def _decode(vlm: VLM, cache: object) -> list[float]:
+def _decode(vlm: VLM, cache: KVCache) -> list[float]:
     """Decode fixed tokens; the largest logit of each step stands for all of them."""
     return [float(decode_step(vlm.model, cache, torch.tensor([10 + step]), _NO_STOP).max()) for step in range(_STEPS)]
 

@@ -91,8 +91,9 @@ class Harness:
     def _fork(self, case: Case, box: Box) -> Ran:
         streams = self.work / "streams"
         streams.mkdir(exist_ok=True)
-        options = {"stdin": case.stdin, "stdout": case.stdout, "wall_s": self.wall_s}
-        return run_forked(lambda: call(case), box.root, streams, **options)
+        return run_forked(
+            lambda: call(case), box.root, streams, stdin=case.stdin, stdout=case.stdout, wall_s=self.wall_s
+        )
 
     def _new_box(self, name: str, seed: str) -> Box:
         folder = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:60]

@@ -32,7 +32,9 @@ def make_image(box: Box) -> Case:
     return image_case(box, name, content, box.rng.choice((NEXT, NEXT, LLAVA)), compares=box.rng.random() < 0.5)
 
 
-def image_case(box: Box, name: str, content: bytes, model: str, expect: Expect = Expect.EITHER, compares: bool = True):
+def image_case(
+    box: Box, name: str, content: bytes, model: str, expect: Expect = Expect.EITHER, compares: bool = True
+) -> Case:
     """A question about the image `content`; with `compares`, saved anew it has to get the same answer."""
     path = box.write(name, content)
 
@@ -50,11 +52,12 @@ def _ask(box: Box, model: str, image: Path) -> tuple[object, ...]:
 
 def _saved_anew(path: Path, target: Path) -> Path | None:
     """The image as Pillow reads it, upright, in a PNG; None if its mode does not keep its pixels there."""
-    with warnings.catch_warnings(), Image.open(path) as image:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if image.mode not in _COMPARED or image.info.get("transparency") is not None:
-            return None
-        ImageOps.exif_transpose(image).convert("RGB").save(target)
+        with Image.open(path) as image:
+            if image.mode not in _COMPARED or image.info.get("transparency") is not None:
+                return None
+            ImageOps.exif_transpose(image).convert("RGB").save(target)
     return target
 
 
