@@ -50,7 +50,7 @@ def refusal(call: Callable[..., object], *arguments: object) -> str:
     with pytest.raises(UserError) as error:
         call(*arguments)
     message = str(error.value)
-    assert "\n" not in message and message.startswith(str(arguments[0]))
+    assert "\n" not in message and message.startswith(str(UserError(str(arguments[0])))[:300])
     return message
 
 

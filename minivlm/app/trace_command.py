@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minivlm.app import policy_flags
@@ -18,7 +18,12 @@ from minivlm.app.trace import expand, trace
 from minivlm.errors import UserError
 from minivlm.files import expect_writable, write_whole
 from minivlm.generation.vlm import VLM
-from minivlm.inputs.images import load_image
+from minivlm.inputs.images import LONGEST_EDGE, load_image
+from minivlm.tensor_files import TensorFile
+
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+_REALS = ("F16", "BF16", "F32", "F64")
+_MAX_BYTES = 1 << 32  # of a tensor; a thousand images of five tiles
 
 
 def main(arguments: Sequence[str], load: Callable[..., VLM]) -> None:
@@ -98,46 +103,39 @@ def read_inputs(path: Path) -> dict[str, Tensor]:
 
     Raises `UserError` if one of them is malformed.
     """
-    inputs = read_tensors(path, "input_ids")
-    ids = inputs["input_ids"]
-    if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or not is_integer(ids):
-        raise UserError(
-            f"{path}: input_ids have shape {list(ids.shape)} and dtype {ids.dtype} (expected integers [1, S])"
-        )
-    pixels = inputs.get("pixel_values")
-    if pixels is not None and pixels.numel() == 0:
-        raise UserError(f"{path}: pixel_values hold no image (expected at least one, or no pixel_values)")
-    sizes = inputs.get("image_sizes")
-    if sizes is not None:
-        are_pairs = sizes.ndim == 2 and sizes.shape[1] == 2
-        if not are_pairs or not is_integer(sizes) or bool((sizes < 1).any()):
-            raise UserError(
-                f"{path}: image_sizes are {sizes.tolist()} (expected a height and a width in pixels for each image)"
-            )
+    with TensorFile(path) as file:
+        inputs = {"input_ids": _read(file, "input_ids", _INTEGERS, "integers [1, S]", (1, None))}
+        if "pixel_values" in file.tensors:
+            tiles = () if len(file.tensors["pixel_values"].shape) == 4 else (None,)
+            expected = "real numbers [images, 3, s, s], or [images, tiles, 3, s, s]"
+            inputs["pixel_values"] = _read(file, "pixel_values", _REALS, expected, (None, *tiles, 3, None, None))
+            if not bool(inputs["pixel_values"].isfinite().all()):
+                raise UserError(f"{path}: pixel_values are not all finite")
+        if "image_sizes" in file.tensors:
+            expected = "a height and a width in pixels for each image, [images, 2]"
+            sizes = inputs["image_sizes"] = _read(file, "image_sizes", _INTEGERS, expected, (None, 2))
+            _check_range(f"{path}: image_sizes", sizes, 1, LONGEST_EDGE)
     return inputs
 
 
 def read_tokens(path: Path) -> Tensor:
     """Read the `tokens` [T] of a trace. Raises `UserError`."""
-    tokens = read_tensors(path, "tokens")["tokens"]
-    if tokens.ndim != 1 or len(tokens) == 0 or not is_integer(tokens):
-        raise UserError(
-            f"{path}: tokens have shape {list(tokens.shape)} and dtype {tokens.dtype} (expected integers [T])"
-        )
-    return tokens.long()
+    with TensorFile(path) as file:
+        return _read(file, "tokens", _INTEGERS, "integers [T]", (None,)).long()
 
 
-def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """Read a safetensors file that must contain a tensor `key`. Raises `UserError`."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
-    if key not in tensors:
-        raise UserError(f"{path}: has no tensor {key!r}")
-    return tensors
+def _read(file: TensorFile, name: str, dtypes: Sequence[str], expected: str, shape: Sequence[int | None]) -> Tensor:
+    """A tensor that is not empty, of one of these dtypes; None in its shape stands for any size."""
+    if name not in file.tensors:
+        raise UserError(f"{file.path}: has no tensor {name!r}")
+    stored = file.tensors[name]
+    begin, end = stored.data_offsets
+    fits = len(stored.shape) == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, stored.shape, strict=True)
+    )
+    if not fits or stored.dtype not in dtypes or not 0 < end - begin <= _MAX_BYTES:
+        raise UserError(f"{file.path}: {name} are {stored.dtype} {stored.shape} (expected {expected})")
+    return file.read(name)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -148,16 +146,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(str(error)) from None
 
 
-def is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """Raise `UserError` unless all ids are below `vocab_size`."""
-    lowest = int(ids.min())
-    highest = int(ids.max())
-    if lowest < 0 or highest >= vocab_size:
-        raise UserError(f"{name}: ids {lowest} to {highest} (expected 0 to {vocab_size - 1})")
+    _check_range(f"{name}: ids", ids, 0, vocab_size - 1)
+
+
+def _check_range(name: str, values: Tensor, least: int, most: int) -> None:
+    # In 64 bits with a sign, the largest of those without one are negative.
+    lowest, highest = int(values.long().min()), int(values.long().max())
+    if lowest < least or highest > most:
+        raise UserError(f"{name} {lowest} to {highest} (expected {least} to {most})")
 
 
 def render_inputs(vlm: VLM, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from minivlm.model.config import VLMConfig
 # What photographs and pages come in. Pillow knows many more formats, some of which start other programs (EPS).
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")  # a phone's MPO is a JPEG
 _LIBTIFF = threading.Lock()  # images are read in several threads
-_LONGEST_EDGE = 1 << 18  # pixels. Resizing a longer edge alone takes gigabytes, and such an image is a line.
+LONGEST_EDGE = 1 << 18  # pixels. Resizing a longer edge alone takes gigabytes, and such an image is a line.
 
 
 def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
@@ -109,8 +109,8 @@ def _check_size(image: Image.Image, name: str) -> None:
         raise UserError(f"{name}: the image is empty ({width}x{height} pixels)")
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise _bomb(name)
-    if max(width, height) > _LONGEST_EDGE:
-        raise UserError(f"{name}: an edge of {max(width, height)} pixels (expected at most {_LONGEST_EDGE})")
+    if max(width, height) > LONGEST_EDGE:
+        raise UserError(f"{name}: an edge of {max(width, height)} pixels (expected at most {LONGEST_EDGE})")
 
 
 def _bomb(name: str) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,12 @@ NEXT = GOLDEN / "next-s"
         ("--steps 0", "--steps is 0"),
         ("--steps 1000", "exceed the model's context of 512"),
         ("--steps three", "--steps"),
+        ("--steps 1" + "0" * 18, "exceed the model's context of 512"),
+        ("--steps 1" + "0" * 25, "is not an integer of at most 64 bits"),
+        ("--inputs a\0b", "null byte"),
+        ("--inputs " + "x" * 300, "name too long"),
+        ("--out " + "x" * 300, "name too long"),
+        ("--teacher_forcing .", ".: is a folder"),
         ("--prompt Hi?", "either --inputs, or --prompt"),
         ("--image page.png", "either --inputs, or --prompt with --image"),
         ("--polcy avl", "--polcy"),
@@ -195,18 +202,34 @@ def wrong_inputs() -> dict[str, tuple[dict[str, torch.Tensor | None], tuple[str,
     image = json.loads((NEXT / "model" / "config.json").read_text())["image_token_index"]
     return {
         "no ids": (dict(input_ids=None), ("no tensor 'input_ids'",)),
-        "flat ids": (dict(input_ids=ids[0]), ("input_ids have shape [36]", "[1, S]")),
-        "no tokens": (dict(input_ids=ids[:, :0]), ("input_ids have shape [1, 0]",)),
-        "real ids": (dict(input_ids=ids.float()), ("torch.float32", "integers")),
+        "flat ids": (dict(input_ids=ids[0]), ("input_ids are I64 [36]", "[1, S]")),
+        "no tokens": (dict(input_ids=ids[:, :0]), ("input_ids are I64 [1, 0]",)),
+        "real ids": (dict(input_ids=ids.float()), ("input_ids are F32 [1, 36]", "integers")),
         "ids of another model": (dict(input_ids=ids + 1000), ("input_ids", "expected 0 to 159")),
         "no pixels": (dict(pixel_values=None), ("1 image tokens for 0 images",)),
-        "no pictures": (dict(pixel_values=pixels[:0]), ("pixel_values hold no image",)),
+        "no pictures": (dict(pixel_values=pixels[:0]), ("pixel_values are F32 [0, 5, 3, 56, 56]",)),
         "no tiles": (dict(pixel_values=pixels[0]), ("pixel_values have shape [5, 3, 56, 56]", "tiles")),
         "too few tiles": (dict(pixel_values=pixels[:, :2]), ("pixel_values hold 2 tiles",)),
         "no sizes": (dict(image_sizes=None), ("image_sizes name 0 images",)),
-        "flat sizes": (dict(image_sizes=torch.tensor([80, 112])), ("image_sizes are [80, 112]",)),
-        "an empty size": (dict(image_sizes=torch.tensor([[0, 112]])), ("image_sizes are [[0, 112]]",)),
+        "flat sizes": (dict(image_sizes=torch.tensor([80, 112])), ("image_sizes are I64 [2]",)),
+        "an empty size": (dict(image_sizes=torch.tensor([[0, 112]])), ("image_sizes 0 to 112 (expected 1 to 262144)",)),
         "two sizes": (dict(image_sizes=torch.tensor([[80, 112], [80, 112]])), ("image_sizes name 2 images",)),
+        "an enormous size": (dict(image_sizes=torch.tensor([[80, 2**62]])), ("expected 1 to 262144",)),
+        "a size that is no size": (dict(image_sizes=torch.tensor([[True, True]])), ("image_sizes are BOOL [1, 2]",)),
+        "a size without a sign": (
+            dict(image_sizes=torch.tensor([[80, 2**64 - 1]], dtype=torch.uint64)),
+            ("image_sizes -1 to 80",),
+        ),
+        "ids without a sign": (
+            dict(input_ids=torch.tensor([[1, 2**64 - 1]], dtype=torch.uint64)),
+            ("input_ids: ids -1 to 1",),
+        ),
+        "complex pixels": (dict(pixel_values=pixels.to(torch.complex64)), ("pixel_values are C64", "real numbers")),
+        "pixels of truth": (dict(pixel_values=pixels > 0), ("pixel_values are BOOL",)),
+        "whole pixels": (dict(pixel_values=pixels.to(torch.int8)), ("pixel_values are I8",)),
+        "eight bit pixels": (dict(pixel_values=pixels.to(torch.float8_e4m3fn)), ("pixel_values are F8_E4M3",)),
+        "a pixel that is no number": (dict(pixel_values=pixels * float("nan")), ("not all finite",)),
+        "an infinite pixel": (dict(pixel_values=pixels * float("inf")), ("not all finite",)),
         "an image too many": (dict(input_ids=torch.cat((ids, ids), dim=1)), ("2 image tokens for 1 images",)),
         "an image at the end": (dict(input_ids=torch.tensor([[1, image]])), ("has to end in text",)),
     }
@@ -226,8 +249,9 @@ def test_wrong_inputs(fault, tmp_path):
     "tokens, said",
     [
         (torch.tensor([1]), "teacher forcing has 1 tokens (expected at least 2)"),
-        (torch.tensor([1.0, 2.0]), "torch.float32"),
-        (torch.tensor([[1, 2, 3]]), "shape [1, 3]"),
+        (torch.tensor([1.0, 2.0]), "tokens are F32 [2] (expected integers [T])"),
+        (torch.tensor([[1, 2, 3]]), "tokens are I64 [1, 3]"),
+        (torch.zeros(0, dtype=torch.int64), "tokens are I64 [0]"),
         (torch.tensor([1, 160]), "ids 1 to 160 (expected 0 to 159)"),
         (torch.tensor([-1, 1]), "ids -1 to 1"),
     ],
@@ -243,10 +267,22 @@ def test_a_file_that_is_not_safetensors(tmp_path):
     path = tmp_path / "in"
     path.write_text("not tensors, but long enough to look like a header")
     common = ("--model", NEXT / "model", "--steps", 3, "--out", tmp_path / "out")
-    refused(run_trace(*common, "--inputs", path), path, "cannot be read as safetensors")
-    refused(run_trace(*common, "--inputs", tmp_path), tmp_path, "no such file")
+    refused(run_trace(*common, "--inputs", path), path, "not a readable safetensors file")
+    refused(run_trace(*common, "--inputs", tmp_path), tmp_path, "is a folder")
     no_trace = ("--inputs", NEXT / "input.safetensors", "--teacher_forcing", NEXT / "input.safetensors")
     refused(run_trace(*common, *no_trace), "no tensor 'tokens'")
+
+
+@pytest.mark.parametrize("flag", ["--inputs", "--teacher_forcing"])
+def test_inputs_that_are_no_files(flag, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    given = {"--inputs": NEXT / "input.safetensors", "--steps": 3, "--out": tmp_path / "out", "--model": NEXT / "model"}
+    for name, said in (("fifo", "is a FIFO"), ("loop", "Too many levels"), ("zero", "is a device")):
+        flags = {**given, flag: tmp_path / name}
+        refused(run_trace(*(word for pair in flags.items() for word in pair)), f"{tmp_path / name}: ", said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trace_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):

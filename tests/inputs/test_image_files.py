@@ -21,7 +21,7 @@ def refusal(source: object) -> str:
     with pytest.raises(UserError) as error:
         load_image(source)
     message = str(error.value)
-    assert "\n" not in message and message.startswith("image" if isinstance(source, Image.Image) else str(source))
+    assert "\n" not in message and message.startswith("image" if isinstance(source, Image.Image) else str(UserError(str(source))))
     return message
 
 
