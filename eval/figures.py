@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.app.cli import note
-from minivlm.files import write_whole
+from minivlm.errors import UserError
+from minivlm.files import expect_writable, write_whole
+
+_SUFFIXES = ("", ".png", ".pdf", ".svg", ".svgz", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 
 def can_draw() -> bool:
@@ -16,6 +19,13 @@ def can_draw() -> bool:
         note("no picture without matplotlib (pip install 'minivlm[plots]')")
         return False
     return True
+
+
+def expect_figure(path: Path) -> None:
+    """Check that `save_figure` can write `path`. Raises `UserError` if not."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"{path}: no format of a picture (expected a name like {path.stem}.png)")
+    expect_writable(path)
 
 
 def row_of_panels(count: int) -> tuple[Any, list[Any]]:
@@ -29,5 +39,9 @@ def row_of_panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure completely or not at all. Raises `UserError` if the file cannot be written."""
+    """Write a figure completely or not at all. Raises `UserError` if the file cannot be written.
+
+    The suffix of its name decides the format.
+    """
+    expect_figure(path)
     write_whole(path, lambda scratch: figure.savefig(scratch, dpi=150))

@@ -74,6 +74,14 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in, unless it is there. Raises `UserError` if that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be made a folder ({reason(error)})") from None
+
+
 def expect_writable(path: Path) -> None:
     """Check that `write_whole` can write `path`; for use before long work whose result it takes.
 

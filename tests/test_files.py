@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minivlm.errors import UserError
-from minivlm.files import exists, expect_writable, is_folder, open_file, read_bytes, write_whole
+from minivlm.files import exists, expect_writable, is_folder, make_folder, open_file, read_bytes, write_whole
 from paths import ROOT
 
 NULL, FULL, ZERO = (os.makedev(1, minor) for minor in (3, 7, 5))
@@ -127,6 +127,15 @@ def test_exists_and_is_folder_of_any_name(tmp_path):
 
 
 # Writing
+
+
+def test_folders_are_made(tmp_path):
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+    assert is_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        assert "cannot be made a folder" in refusal(make_folder, path)
 
 
 def save_tensors(scratch: Path) -> None:

@@ -25,20 +25,26 @@ from eval.attention.watch import watch_answer
 from eval.json_files import write_json
 from minivlm.app.cli import Parser
 from minivlm.errors import UserError
-from minivlm.files import write_whole
+from minivlm.files import expect_writable, write_whole
 from minivlm.inputs.images import load_image
+
+_MOST = 1 << 16  # pages, tokens, and steps between two that are compared
 
 
 def measure_attention(arguments: Sequence[str]) -> None:
     """Answer questions about pages, and write what attention looked at meanwhile."""
     args = _parser().parse_args(arguments)
-    for name in ("pages", "distances"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)} (expected at least 1)")
+    for name in ("pages", "distances", "max_new_tokens"):
+        if not 1 <= getattr(args, name) <= _MOST:
+            raise UserError(f"--{name} is {getattr(args, name)} (expected 1 to {_MOST})")
+    if not all(0 < share <= 1 for share in args.top):
+        raise UserError("--top has shares outside of the range above 0, up to 1")
     if bool(args.image) != (args.prompt is not None):
         raise UserError("expected both --image and --prompt, or neither for the demo's pages")
     if args.plot and find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib (pip install 'minivlm[plots]')")
+    for path in filter(None, (args.json, args.plot)):
+        expect_writable(path)
     questions = _questions(args)
     vlm = weights.load(args.model, device=args.device, dtype=args.dtype)
     progress = tqdm(questions, unit="page", disable=None)

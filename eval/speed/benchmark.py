@@ -31,7 +31,7 @@ from eval.speed.contenders import Contender, PolicyContender, decoder_bytes
 from eval.speed.machine import PeakMemory, bandwidth, describe_machine
 from eval.speed.report import case_table, draw_decode_times
 from eval.speed.shapes import Prompts, make_model, synthetic_prompts
-from eval.speed.timing import batch_that_fits, take_turns
+from eval.speed.timing import batch_that_fits, steps_needed, take_turns
 from minivlm.app.cli import note
 from minivlm.errors import UserError
 from minivlm.generation.compile import compiled_blocks, missing_compiler
@@ -96,9 +96,9 @@ def find_peer(name: str) -> PeerMaker | None:
     an unknown name.
     """
     base, _, variant = name.partition(":")
-    file = Path(__file__).with_name(f"peer_{base}.py")
-    if not file.is_file():
-        raise UserError(f"--peers {name!r}: there is no eval/speed/{file.name}")
+    file = Path(__file__).parent / f"peer_{base}.py"
+    if not base.isidentifier() or not file.is_file():
+        raise UserError(f"--peers {name!r}: there is no eval/speed/peer_{base}.py")
     try:
         module = importlib.import_module(f"eval.speed.{file.stem}")
     except ImportError as error:
@@ -137,6 +137,10 @@ def measure_case(
 
     `copy_bandwidth` is in bytes per second.
     """
+    prompt, context = vision_tokens + args.text_tokens, model.config.text.context_length
+    steps = max(steps_needed(contender, args.repeats, args.new_tokens) for contender in contenders)
+    if prompt + steps > context:
+        raise UserError(f"{prompt} prompt tokens and {steps} steps exceed the model's context of {context}")
     prompts = synthetic_prompts(model, batch, vision_tokens, args.text_tokens, args.seed)
     policies = [contender for contender in contenders if isinstance(contender, PolicyContender)]
     # The graphs of a prefill tell one sequence from several, and know nothing else of the batch.

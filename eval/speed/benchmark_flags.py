@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.figures import expect_figure
 from eval.speed.shapes import SHAPES
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note
@@ -15,13 +16,13 @@ from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.files import expect_writable
 
-_LEAST = {
-    "vision_tokens": 0,
-    "text_tokens": 1,
-    "batch": 1,
-    "new_tokens": 1,
-    "repeats": 1,
-    "prefills": 1,
+_BOUNDS = {
+    "vision_tokens": (0, 1 << 20),
+    "text_tokens": (1, 1 << 20),
+    "batch": (1, 1 << 12),
+    "new_tokens": (1, 1 << 20),
+    "repeats": (1, 1 << 20),
+    "prefills": (1, 1 << 20),
 }
 
 
@@ -43,13 +44,17 @@ def parse_benchmark(arguments: Sequence[str], description: str | None) -> tuple[
     _add_case_flags(parser)
     _add_run_flags(parser)
     args, cache_flags = parser.parse_known_args(arguments)
-    for name, least in _LEAST.items():
+    for name, (least, most) in _BOUNDS.items():
         values = getattr(args, name)
-        lowest = min(values) if isinstance(values, list) else values
-        if lowest < least:
-            raise UserError(f"--{name} is {lowest} (expected at least {least})")
-    for path in filter(None, (args.json, args.plot)):
-        expect_writable(path)
+        for value in values if isinstance(values, list) else [values]:
+            if value < least:
+                raise UserError(f"--{name} is {value} (expected at least {least})")
+            if value > most:
+                raise UserError(f"--{name} is {value} (expected at most {most})")
+    if args.json:
+        expect_writable(args.json)
+    if args.plot:
+        expect_figure(args.plot)
     return args, cache_flags
 
 
@@ -144,7 +149,10 @@ def parse_candidate(text: str, cache_flags: Sequence[str], seed: int, compiled: 
     `cache_flags` and `compiled` hold unless the policy's own flags override them.
     """
     label, colon, described = text.partition(": ")
-    words = shlex.split(described if colon else text)
+    try:
+        words = shlex.split(described if colon else text)
+    except ValueError as error:  # a quotation mark without another
+        raise UserError(f"--policy {text!r}: {error} (expected a name and flags, as in a shell)") from None
     words = ["--policy", *words[:1], *cache_flags, *words[1:]]
     parser = Parser("")
     policy_flags.add_arguments(parser, words)

@@ -21,6 +21,7 @@ import torch
 from eval.json_files import write_json
 from eval.speed.machine import describe_machine
 from minivlm.app.cli import Parser, run
+from minivlm.errors import UserError
 from minivlm.files import expect_writable
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.flag("repeats", type=int, default=7, metavar="N", help="of each process, in turns (7)")
     parser.flag("json", type=Path, metavar="OUT.json", help="write all times, with versions and the command")
     args = parser.parse_args(arguments)
+    if args.repeats < 1:
+        raise UserError(f"--repeats is {args.repeats} (expected at least 1)")
     if args.json:
         expect_writable(args.json)
     seconds: dict[str, list[float]] = {name: [] for name in PROCESSES}

@@ -34,14 +34,14 @@ def take_turns(
     With more than one prefill the first counts as warm-up. `steps` are rounded up to whole periods, so that kinds of
     steps are timed as often as they come.
     """
-    turn = {c.name: -(-steps // c.period) * c.period for c in contenders}
+    turn = {c.name: _whole_periods(c, steps) for c in contenders}
     seen: dict[str, dict[str, Any]] = {c.name: {"prefill_s": [], "steps": {}} for c in contenders}
     compiled = {c.name: dict.fromkeys(compilations(), 0) for c in contenders}
     for number in range(prefills):
         for c in contenders:
             before = compilations()
             peak.begin()
-            seconds = c.prefill(prompts, 1 + WARM_UP * c.period + rounds * (1 + turn[c.name]) + c.period)
+            seconds = c.prefill(prompts, steps_needed(c, rounds, steps))
             seen[c.name]["peak_bytes"] = peak.end() if number == 0 else seen[c.name]["peak_bytes"]
             if number or prefills == 1:
                 seen[c.name]["prefill_s"].append(seconds)
@@ -58,6 +58,16 @@ def take_turns(
     for c in contenders:
         seen[c.name] |= c.facts() | {"after_warm_up": compiled[c.name]}
     return seen
+
+
+def _whole_periods(contender: Contender, steps: int) -> int:
+    return -(-steps // contender.period) * contender.period
+
+
+def steps_needed(contender: Contender, rounds: int, steps: int) -> int:
+    """The decode steps of a contender in `take_turns`, and those that its facts may take."""
+    timed = rounds * (1 + _whole_periods(contender, steps))
+    return 1 + WARM_UP * contender.period + timed + contender.period
 
 
 def compilations() -> dict[str, int]:

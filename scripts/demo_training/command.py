@@ -14,10 +14,13 @@ import torch
 
 import weights
 from demo_training.evaluate import score_by_type, score_table
-from demo_training.export import export
+from demo_training.export import check_target, export
 from demo_training.loop import TrainingRun
 from minivlm.app.cli import Parser
 from minivlm.errors import UserError
+from minivlm.files import exists
+
+_MOST = 1 << 16  # pages
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -111,9 +114,10 @@ def _train(args: argparse.Namespace) -> None:
     device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is available")
-    if args.time_budget <= 0 or args.pages < 1:
-        raise UserError("--time_budget and --pages must be positive")
-    if not args.resume and (args.run / "state.pt").exists():
+    if args.time_budget <= 0 or args.rate <= 0 or args.tower_rate <= 0:
+        raise UserError("--time_budget, --rate and --tower_rate must be positive")
+    _check_count(args, "pages")
+    if not args.resume and exists(args.run / "state.pt"):
         raise UserError(f"{args.run} already holds a run (expected --resume, or another --run)")
     run = TrainingRun(args.run, torch.device(device), args.seed)
     if args.resume:
@@ -125,7 +129,13 @@ def _train(args: argparse.Namespace) -> None:
         run.train(2, args.time_budget - first_budget, args.pages, args.rate, args.tower_rate)
 
 
+def _check_count(args: argparse.Namespace, name: str) -> None:
+    if not 1 <= getattr(args, name) <= _MOST:
+        raise UserError(f"--{name} is {getattr(args, name)} (expected 1 to {_MOST})")
+
+
 def _export(args: argparse.Namespace) -> None:
+    check_target(args.out)
     run = TrainingRun(args.run, torch.device("cpu"), 0)
     run.resume()
     export(run.trainer.llava, run.tokenizer, args.out)
@@ -133,6 +143,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    _check_count(args, "pages")
+    _check_count(args, "batch_size")
     vlm = weights.load(args.model, device=args.device, dtype=args.dtype)
     report_wrong = print if args.show_wrong else None
     print(score_table(score_by_type(vlm, args.pages, args.seed, args.batch_size, report_wrong)))

@@ -16,6 +16,8 @@ from torch import nn
 from demo_training.model import CONFIG, MEAN, STD
 from demo_training.text import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS
 from eval.demo import pages
+from minivlm.errors import UserError
+from minivlm.files import exists, is_folder, make_folder
 
 _PREFIXES = {
     "language_model.": "language_model.model.",
@@ -121,14 +123,24 @@ def write_examples(folder: Path, seed: int = 0) -> None:
     (folder / "questions.json").write_text(json.dumps(listing, indent=1) + "\n")
 
 
+def check_target(out: Path) -> None:
+    """Raise `UserError` unless `out` can become the exported folder without a loss."""
+    if not out.name or (exists(out) and not is_folder(out)):
+        raise UserError(f"{out}: is no folder that can be replaced")
+    if is_folder(out) and any(out.iterdir()) and not exists(out / "config.json"):
+        raise UserError(f"{out}: holds something else than a checkpoint (expected a new folder, or one to replace)")
+
+
 def export(llava: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
     """Write the folder `out`. The README.md of an existing one is kept.
 
     The new folder is written beside it and then takes its place, so that `out` is always complete.
+    Raises `UserError` for a place that holds something else.
     """
+    check_target(out)
     scratch = out.with_name(out.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    make_folder(scratch)
     save_file(hub_tensors(llava), str(scratch / "model.safetensors"), metadata={"format": "pt"})
     (scratch / "model.safetensors").chmod(0o644)
     for name, content in _configs().items():

@@ -17,7 +17,7 @@ from demo_training.model import DemoTrainer
 from demo_training.optim import build_optimisers
 from demo_training.text import Encoder, build_tokenizer
 from minivlm.errors import UserError
-from minivlm.files import write_whole
+from minivlm.files import exists, make_folder, open_file, read_bytes, reason, write_whole
 
 WARM_UP, COOL_DOWN = 0.01, 0.35  # shares of a stage's budget
 POINTER_FADES, POINTER_GONE = 0.5, 0.75  # shares of stage 2's budget
@@ -48,7 +48,10 @@ class TrainingRun:
         self.folder, self.device, self.seed = folder, device, seed
         torch.manual_seed(seed)
         stored = folder / "tokenizer.json"  # a run keeps its token ids even if the code that draws pages changes
-        self.tokenizer = Tokenizer.from_file(str(stored)) if stored.is_file() else build_tokenizer()
+        try:
+            self.tokenizer = Tokenizer.from_buffer(read_bytes(stored)) if exists(stored) else build_tokenizer()
+        except ValueError as error:
+            raise UserError(f"{stored}: not a tokenizer ({error})") from None
         self.encoder = Encoder(self.tokenizer)
         self.trainer = DemoTrainer().to(device)
         self.optimisers = build_optimisers(self.trainer)
@@ -57,17 +60,19 @@ class TrainingRun:
         self.steps = 0  # of this stage
 
     def resume(self) -> None:
-        """Continue from `state.pt`. Raises `UserError` if there is none."""
+        """Continue from `state.pt`. Raises `UserError` if there is none, or something else."""
         path = self.folder / "state.pt"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file (expected the state of a run)")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.trainer.load_state_dict(state["model"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        self.stage = state["stage"]
-        self.elapsed = state["elapsed"]
-        self.steps = state["steps"]
+        with open_file(path) as file:
+            try:
+                state = torch.load(file, map_location=self.device, weights_only=True)
+                self.trainer.load_state_dict(state["model"])
+                for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                    optimiser.load_state_dict(saved)
+                self.stage = state["stage"]
+                self.elapsed = state["elapsed"]
+                self.steps = state["steps"]
+            except Exception as error:  # what a damaged file raises, only torch knows
+                raise UserError(f"{path}: not the state of a run ({reason(error)})") from None
 
     def save(self) -> None:
         """Write `state.pt` completely or not at all."""
@@ -85,7 +90,7 @@ class TrainingRun:
         """Train stage 1 (the tower) or 2 (everything) for `budget` seconds over all sittings."""
         if self.stage > stage:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if self.stage < stage:
             self.stage = stage
             self.elapsed = 0.0

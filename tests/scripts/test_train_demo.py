@@ -11,7 +11,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import weights
-from demo_training import loop, text
+from cli_helpers import Ran, call, refused
+from demo_training import command, loop, text
 from demo_training.batches import IGNORE, PatchMap, draw_batch, page_tiles
 from demo_training.export import export
 from demo_training.model import DemoTrainer
@@ -177,14 +178,27 @@ def test_schedules():
         (["train", "--run", "{run}", "--resume"], "state.pt: no such file"),
         (["export", "--run", "{run}", "--out", "{run}/x"], "state.pt: no such file"),
         (["train", "--run", "{run}", "--time-budget", "0"], "must be positive"),
+        (["train", "--run", "{run}", "--time-budget", "nan"], "'nan' is not a finite number"),
+        (["train", "--run", "{run}", "--rate", "-1"], "must be positive"),
+        (["train", "--run", "{run}", "--pages", "99999999"], "--pages is 99999999 (expected 1 to 65536)"),
+        (["train", "--run", SCRIPTS / "generate.py"], "cannot be"),
+        (["export", "--run", "{run}", "--out", SCRIPTS], "holds something else than a checkpoint"),
+        (["export", "--run", "{run}", "--out", "/"], "is no folder that can be replaced"),
+        (["evaluate", "--batch_size", "0"], "--batch_size is 0"),
         (["evaluate", "--model", "{run}/none"], "none"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, told):
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "train_demo.py", *(a.format(run=tmp_path) for a in arguments)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert told in done.stderr
+    refused(call(command.main, *(str(argument).format(run=tmp_path) for argument in arguments)), told)
+
+
+def test_the_script_is_the_command(tmp_path):
+    words = [sys.executable, SCRIPTS / "train_demo.py", "train", "--run", tmp_path, "--resume"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    refused(Ran(done.returncode, done.stdout, done.stderr), "state.pt: no such file")
+
+
+@pytest.mark.parametrize("name, content", [("state.pt", b"junk"), ("state.pt", b""), ("tokenizer.json", b"{")])
+def test_a_damaged_run_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    refused(call(command.main, "train", "--run", tmp_path, "--resume"), tmp_path / name)
