@@ -21,7 +21,8 @@ def refusal(source: object) -> str:
     with pytest.raises(UserError) as error:
         load_image(source)
     message = str(error.value)
-    assert "\n" not in message and message.startswith("image" if isinstance(source, Image.Image) else str(UserError(str(source))))
+    name = "image" if isinstance(source, Image.Image) else str(UserError(str(source)))
+    assert "\n" not in message and message.startswith(f"{name}: ")
     return message
 
 
