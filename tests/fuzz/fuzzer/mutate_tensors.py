@@ -33,7 +33,7 @@ def mutate_tensors(data: bytes, rng: Random) -> Mutated:
         return Mutated(_with_length(mutate_json(header, rng).data) + tensors)
     for _ in range(rng.choice((1, 1, 2))):
         # The second change may not find what the first one has taken away.
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError):
             header = rng.choice(_HEADER_CHANGES)(header, rng)
     return Mutated(_joined(header, tensors))
 
