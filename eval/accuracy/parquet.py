@@ -8,21 +8,20 @@ taken for damage, since a damaged file can make it raise almost anything.
 from __future__ import annotations
 
 import io
-import warnings
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from eval.accuracy.data import Dataset
 from eval.accuracy.records import Record, read_samples
 from eval.accuracy.words import printable
 from minivlm.errors import UserError
 from minivlm.files import open_file
-from minivlm.inputs.images import load_image
+from minivlm.inputs.images import read_image
 
 _MAX_ROWS = 1 << 20  # of all files; a few bytes can stand for more rows than any memory holds
 
@@ -112,7 +111,7 @@ class _ParquetImages:
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if not isinstance(data, bytes):
                 raise UserError("no image")
-            return _decoded(data)
+            return read_image(io.BytesIO(data), "image")
         except Exception as error:  # Pillow's and pyarrow's, on damaged data
             where = f"row {index - group.first} of row group {group.number}"
             raise UserError(f"{group.file}: {where}: {_reason(error)}") from None
@@ -123,13 +122,6 @@ class _ParquetImages:
         with open_file(group.file) as stream:
             self._cells = pq.ParquetFile(stream).read_row_group(group.number, ["image"]).column("image")
         self._loaded = group
-
-
-def _decoded(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data))
-    return ImageOps.exif_transpose(load_image(image))
 
 
 def _reason(error: BaseException) -> str:
