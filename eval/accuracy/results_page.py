@@ -15,6 +15,7 @@ from pathlib import Path
 
 from eval.accuracy.command import parse_run
 from eval.accuracy.compare import FinishedRun, describe_differences, paired_differences
+from eval.accuracy.run_folder import expect_folder, make_folders
 from eval.accuracy.run_results import RunResults
 from eval.accuracy.sweep import (
     BUDGETS,
@@ -27,7 +28,7 @@ from eval.accuracy.sweep import (
 )
 from eval.json_files import write_json
 from minivlm.app.cli import Parser
-from minivlm.files import write_whole
+from minivlm.files import exists, expect_writable, write_whole
 
 POLICIES = ("full", "avl", "h2o", "fastv", "streaming", "random")
 QUESTION_TYPES = ("short", "long")
@@ -92,10 +93,13 @@ def write_results(arguments: Sequence[str]) -> None:
     parser = Parser(__doc__)
     parser.flag("docs", type=Path, default=Path("docs"), metavar="DIR", help="folder to write to (docs)")
     args = parse_run(parser, arguments, limit=200, batch_size=8)
+    expect_folder(args.docs)  # a mistake is better said before hours of work
+    for file in filter(exists, (args.docs / "results.json", args.docs / "results.md")):
+        expect_writable(file)
     planned = planned_sections()
     done = iter(run_cells([cell for cells in planned.values() for cell in cells], args))
     sections = {name: [next(done) for _ in cells] for name, cells in planned.items()}
-    args.docs.mkdir(parents=True, exist_ok=True)
+    make_folders(args.docs)
     drawn = {name for name in ("policies", "windows") if draw_scores(sections[name], args.docs / f"{name}.png")}
     write_json(
         args.docs / "results.json",

@@ -69,7 +69,7 @@ class RunFolder:
         are said in notes on stderr.
         """
         if not exists(self.path):
-            _remove(_make(self.path))
+            expect_folder(self.path)
             return {}
         self._expect_folder()
         self._has_settings = self._read_settings()
@@ -107,7 +107,7 @@ class RunFolder:
         """Make the folder, or put aside and cut off what `open` has found, before anything else is written."""
         if self._in_order:
             return
-        _make(self.path)
+        make_folders(self.path)
         if not self._has_settings:
             write_json(self.path / "settings.json", msgspec.to_builtins(self.settings))
         if self._stale:
@@ -210,8 +210,16 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     write_whole(path, lambda scratch: scratch.write_bytes(content))
 
 
-def _make(path: Path) -> list[Path]:
-    """Make a folder and those above it. Return the ones that were missing, the topmost first."""
+def expect_folder(path: Path) -> None:
+    """Check that a folder is there or can be made. Raises `UserError` if not."""
+    _remove(make_folders(path))
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it. Return the ones that were missing, the topmost first.
+
+    Raises `UserError`, and makes none, if that is impossible.
+    """
     missing = [path]
     while not exists(missing[0].parent):
         missing.insert(0, missing[0].parent)
@@ -223,11 +231,11 @@ def _make(path: Path) -> list[Path]:
                 made.append(folder)
     except OSError as error:
         _remove(made)
-        raise UserError(f"{printable(str(path))}: cannot write results there ({reason(error)})") from None
+        raise UserError(f"{printable(str(path))}: cannot write there ({reason(error)})") from None
     return made
 
 
 def _remove(folders: Sequence[Path]) -> None:
-    """Remove empty folders, given as `_make` returns them."""
+    """Remove empty folders, given as `make_folders` returns them."""
     for folder in reversed(folders):
         folder.rmdir()

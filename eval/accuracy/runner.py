@@ -12,8 +12,9 @@ import math
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -137,7 +138,6 @@ def _answer_task(
     done = processes.broadcast({outcome.index for outcome in answered})
     batches = [dataset.samples[i : i + spec.batch_size] for i in range(0, len(dataset.samples), spec.batch_size)]
     batches = [batch for batch in batches if any(sample.index not in done for sample in batch)]
-    own_batches = decoded_ahead(dataset, batches[processes.rank :: processes.world])
     totals = _RunningTotals(task.metric)
     for outcome in answered:
         totals.add(outcome)
@@ -146,9 +146,11 @@ def _answer_task(
         initial=len(done),
         desc=task.name,
         unit="page",
-        disable=processes.rank > 0,
+        disable=processes.rank > 0 or not sys.stderr.isatty(),
     )
-    with bar:
+    failures: list[str] = []  # said with the first answer: of a task without one, the error says enough
+    # Closed here, the thread ends here. The garbage collector might wait for it in a place that cannot wait.
+    with bar, closing(decoded_ahead(dataset, batches[processes.rank :: processes.world])) as own_batches:
         # Every rank takes part in every round, if only with an empty list: `gather` waits for all
         # of them.
         for _ in range(math.ceil(len(batches) / processes.world)):
@@ -161,12 +163,16 @@ def _answer_task(
                 outcomes[outcome.key] = outcome
                 totals.add(outcome)
                 if not outcome.answered:
-                    bar.write(f"failed: {task.name} {printable(str(outcome.id), 60)}: {outcome.error}", file=sys.stderr)
+                    failures.append(f"failed: {task.name} {printable(str(outcome.id), 60)}: {outcome.error}")
+            if totals.counts["kv_bytes"]:
+                for line in failures:
+                    bar.write(line, file=sys.stderr)
+                failures.clear()
             bar.set_postfix_str(str(totals), refresh=False)
             bar.update(len(new))
 
 
-def decoded_ahead(dataset: Dataset, batches: Iterable[Sequence[Sample]]) -> Iterator[list[PreparedSample]]:
+def decoded_ahead(dataset: Dataset, batches: Iterable[Sequence[Sample]]) -> Generator[list[PreparedSample], None, None]:
     """Yield the batches with their images, which a thread decodes ahead of the caller."""
 
     def prepare(batch: Sequence[Sample]) -> list[PreparedSample]:

@@ -23,13 +23,14 @@ from eval.accuracy.processes import Processes
 from eval.accuracy.run_results import RunResults
 from eval.accuracy.runner import NothingAnswered, evaluate
 from eval.accuracy.tasks import TASKS
+from eval.accuracy.words import printable
 from eval.figures import can_draw, row_of_panels, save_figure
 from eval.json_files import write_json
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note
 from minivlm.cache.policies import PRESETS
 from minivlm.errors import UserError
-from minivlm.files import write_whole
+from minivlm.files import exists, expect_writable, write_whole
 
 BUDGETS = (0.75, 0.5, 0.25, 0.1, 0.05)
 
@@ -71,6 +72,9 @@ def run_sweep(arguments: Sequence[str]) -> None:
         help=f"shares of the prompt's KV bytes ({' '.join(map(str, BUDGETS))}); `full` runs once, without a budget",
     )
     args = parse_run(parser, arguments)
+    files = {name: args.output_path / f"sweep.{name}" for name in ("json", "md", "png")}
+    for file in filter(exists, files.values()):  # a mistake is better said before hours of work
+        expect_writable(file)
     processes = Processes.join()
     try:
         cells = run_cells(grid(args.policies, args.budgets), args, processes)
@@ -78,10 +82,10 @@ def run_sweep(arguments: Sequence[str]) -> None:
             if all(cell.refusal for cell in cells):
                 raise UserError(f"no cell of the sweep could be run; {cells[0].refusal}")
             text = describe_cells(cells)
-            write_json(args.output_path / "sweep.json", {"cells": [cell.to_dict() for cell in cells]})
-            write_whole(args.output_path / "sweep.md", lambda scratch: scratch.write_text(text))
-            draw_scores(cells, args.output_path / "sweep.png")
-            print(text + str(args.output_path / "sweep.json"))
+            write_json(files["json"], {"cells": [cell.to_dict() for cell in cells]})
+            write_whole(files["md"], lambda scratch: scratch.write_text(text, encoding="utf-8"))
+            draw_scores(cells, files["png"])
+            print(text + printable(str(files["json"]), 5000))
     finally:
         processes.leave()
 
@@ -115,7 +119,7 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace, processes: Proces
     policy_flags.add_arguments(parser, [] if args.policy_file is None else ["--policy_file", args.policy_file])
     done = []
     for cell in cells:
-        if processes.rank == 0:
+        if processes.rank == 0 and sys.stderr.isatty():
             print(f"{cell.name}: {' '.join(cell.flags)}", file=sys.stderr)
         try:
             cell_args = parser.parse_args(cell.flags, argparse.Namespace(**vars(args)))

@@ -274,7 +274,7 @@ def test_output_paths_that_cannot_be(place, capsys, out):
     before = sorted(place[0].iterdir())
     assert evaluate(place, out=out) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "cannot write results there" in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "cannot write there" in error
     assert sorted(place[0].iterdir()) == before and not place[1].asked
 
 

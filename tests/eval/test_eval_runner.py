@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,12 @@ import pytest
 
 import eval_helpers
 import weights
-from eval.accuracy import run_folder
+from eval.accuracy import run_folder, runner
 from eval.accuracy.data import read_docvqa_json
+from eval.accuracy.run_spec import ModelIdentity, RunSpec
+from eval.accuracy.tasks import TASKS
 from eval_helpers import Reader, read_run, truth, write_checkpoint, write_docvqa
+from minivlm.errors import UserError
 from paths import ROOT
 
 
@@ -172,7 +176,10 @@ def test_no_sample_answered_is_an_error(place, capsys):
     for image in (place[0] / "data" / "documents").iterdir():
         image.unlink()
     assert evaluate(place) == 2
-    assert "none of its 10 samples could be answered" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: task docvqa_val: none of its 10 samples could be answered") and error.count("\n") == 1
+    )
     assert not (place[0] / "out").exists()
 
 
@@ -234,7 +241,7 @@ def test_a_full_disk_loses_nothing(place, monkeypatch, capsys, target):
 def test_unwritable_and_occupied_folders(place, capsys):
     (place[0] / "file").touch()
     assert evaluate(place, out="file/out") == 2
-    assert "cannot write results there" in capsys.readouterr().err
+    assert "cannot write there" in capsys.readouterr().err
     assert evaluate(place) == 0
     (run,) = (place[0] / "out").iterdir()
     capsys.readouterr()
@@ -262,10 +269,10 @@ def test_unwritable_and_occupied_folders(place, capsys):
         (["--limit", "0"], "--limit 0: expected a count of at least 1, or a share between 0 and 1"),
         (["--limit", "2.5"], "--limit 2.5: expected"),
         (["--limit", "-1"], "--limit -1: expected"),
-        (["--limit", "nan"], "--limit nan: expected"),
-        (["--limit", "inf"], "--limit inf: expected"),
-        (["--limit", "1e999"], "--limit inf: expected"),
-        (["--limit", "many"], "argument --limit: invalid float value: 'many'"),
+        (["--limit", "nan"], "--limit: 'nan' is not a finite number"),
+        (["--limit", "inf"], "--limit: 'inf' is not a finite number"),
+        (["--limit", "1e999"], "--limit: '1e999' is not a finite number"),
+        (["--limit", "many"], "argument --limit: 'many' is not a finite number"),
         (["--batch_size", "0"], "--batch_size 0: expected at least 1"),
         (["--log_samples_suffix", "../../x"], "--log_samples_suffix cannot be part of a folder's name"),
         (["--log_samples_suffix", "a\nb"], "--log_samples_suffix cannot be part of a folder's name"),
@@ -364,15 +371,27 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_decoding_does_not_wait_for_the_model(place):
     """The images of the next two batches are decoded while a batch is being answered."""
-    from eval.accuracy.runner import decoded_ahead
-
     dataset = read_docvqa_json(place[0] / "data" / "val_v1.0.json", "validation")
     decoded = []
     spied = replace(dataset, image=lambda index: decoded.append(index) or dataset.image(index))
-    stream = decoded_ahead(spied, [dataset.samples[i : i + 2] for i in range(0, 10, 2)])
+    stream = runner.decoded_ahead(spied, [dataset.samples[i : i + 2] for i in range(0, 10, 2)])
     next(stream)
     deadline = time.monotonic() + 20
     while len(decoded) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert decoded == [0, 1, 2, 3, 4, 5]
     assert [sample.index for batch in stream for sample, _ in batch] == list(range(2, 10))
+
+
+def test_no_thread_outlives_a_run_that_breaks_off(place, monkeypatch):
+    """A decoding thread that the garbage collector ended could wait for itself, and the next run with it."""
+
+    def refuse(folder, outcomes):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(run_folder.RunFolder, "append", refuse)
+    task, dataset = TASKS["docvqa_val"], read_docvqa_json(place[0] / "data" / "val_v1.0.json", "validation")
+    spec = RunSpec([(task, dataset)], ModelIdentity("m", "w", "cpu", "float32"))
+    with pytest.raises(UserError) as kept:  # its traceback keeps the frames, and with them the generator
+        runner.evaluate(spec, place[0] / "out", lambda: place[1])
+    assert kept.tb is not None and not [t for t in threading.enumerate() if "ThreadPool" in t.name]
