@@ -69,8 +69,3 @@ def _in_words(error: msgspec.ValidationError, section: str) -> str:
         return f"{path}.{missing[1]}".strip(".") + " is missing"
     what = what[:1].lower() + what[1:]
     return f"{key}{path}: {what}" if path or key else what
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Transitional: goes when every reader has its schema."""
-    return read_optional_json(path, dict[str, Any])
