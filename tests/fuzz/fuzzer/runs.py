@@ -16,7 +16,7 @@ from fuzzer.mutate_json import JUNK, flip_bytes, mutate_json
 from fuzzer.world import eval_flags, run_folder
 
 # Of results.json, what differs from run to run, and what is only repeated from an earlier results.json.
-_CIRCUMSTANCES = ("seconds", "processes", "versions", "cost", "notes", "prompts", "template")
+_CIRCUMSTANCES = ("code", "seconds", "processes", "versions", "cost", "notes", "prompts", "template")
 
 
 def make_run(box: Box) -> Case:
