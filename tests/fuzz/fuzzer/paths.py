@@ -225,7 +225,7 @@ def output_case(box: Box, label: str, make: Callable[[Path], Name]) -> Case:
         assert not path.is_symlink() or before == stat.S_IFLNK, "a link was made"
 
     outputs = [box.root if name == "" else box.out]  # the empty name of a folder is the current one
-    return replace(case, expect=Expect.EITHER, outputs=outputs, check=check)
+    return replace(case, expect=Expect.EITHER, outputs=outputs, check=check, answers_first=make is fifo)
 
 
 def _kind(path: Path) -> int | None:

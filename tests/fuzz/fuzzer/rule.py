@@ -91,9 +91,9 @@ def _wrong_refusal(case: Case, ran: Ran, changed: Sequence[str]) -> str:
         return f"a refusal of {len(lines)} lines (expected one that begins `error: `): {lines[:3]!r}"
     if not lines[0].removeprefix("error: ").strip():
         return "a refusal without a word"
-    if ran.out and not case.is_chat:
+    if ran.out and not case.is_chat and not case.answers_first:
         return f"a refusal that prints on stdout: {ran.out[:100]!r}"
-    if changed:
+    if changed and not case.answers_first:
         return f"a refusal that changed files: {changed[:3]}"
     if case.expect is Expect.ANSWER:
         return f"refused what is right: {lines[0][:200]}"
