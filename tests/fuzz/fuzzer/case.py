@@ -28,7 +28,7 @@ class Case:
 
     `outputs` are the files or folders that an answer may write; a refusal writes nothing. `check` looks at an answer
     and raises an exception if it is wrong. `stdin` None is a closed one. `stdout` is "file", "closed", "ascii" (a
-    stream that takes no other characters), or a path to write to. `answers_first` allows a refusal after an answer: only
+    stream that takes no other characters), or a path to write to. `answers_first` lets a refusal follow an answer: only
     writing shows that nobody reads a FIFO, since trying it would be the end of the file for a reader.
     """
 
