@@ -41,7 +41,9 @@ def row_of_panels(count: int) -> tuple[Any, list[Any]]:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure completely or not at all. Raises `UserError` if the file cannot be written.
 
-    The suffix of its name decides the format.
+    The suffix of its name decides the format; without one it is PNG.
     """
     expect_figure(path)
-    write_whole(path, lambda scratch: figure.savefig(scratch, dpi=150))
+    # Without a format, matplotlib appends one to a name that has none, and writes another file.
+    kind = path.suffix[1:].lower() or "png"
+    write_whole(path, lambda scratch: figure.savefig(scratch, dpi=150, format=kind))

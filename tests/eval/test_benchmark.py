@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tiny
+from eval.figures import row_of_panels, save_figure
 from eval.speed import benchmark, contenders, machine, timing
 from eval.speed.benchmark_flags import parse_candidate
 from eval.speed.shapes import SHAPES, make_model, random_model, synthetic_prompts
@@ -267,6 +268,18 @@ def test_the_picture(shape):
         picture = shape / f"{name}.png"
         measure(shape, "--text_tokens", "12", "--no_compile", "--policy", "full", "avl", "--plot", str(picture), *flags)
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "name, start", [("x.png", b"\x89PNG"), ("x", b"\x89PNG"), ("x.PDF", b"%PDF"), ("x.svg", b"<?xml")]
+)
+def test_the_name_of_a_figure_decides_its_format(tmp_path, name, start):
+    pytest.importorskip("matplotlib")
+    figure, _ = row_of_panels(1)
+    save_figure(figure, tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start) and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UserError, match="no format of a picture"):
+        save_figure(figure, tmp_path / "x.xyz")
 
 
 def test_profiles_name_what_took_the_time(shape, capsys):
