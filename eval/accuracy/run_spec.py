@@ -101,9 +101,14 @@ class RunSpec:
         """
         if reason := misfit(outcome, self.settings_record()):
             return reason
-        dataset = next(dataset for task, dataset in self.tasks if task.name == outcome.task)
+        task, dataset = next(pair for pair in self.tasks if pair[0].name == outcome.task)
         if outcome.index >= dataset.total:
             return f"index {outcome.index} of {dataset.total} samples"
-        if outcome.index < len(dataset.samples) and outcome.id != (expected := dataset.samples[outcome.index].id):
-            return f"id {outcome.id!r} where the data have {expected!r}"
+        if outcome.index >= len(dataset.samples):
+            return ""
+        sample = dataset.samples[outcome.index]
+        if outcome.id != sample.id:
+            return f"id {outcome.id!r} where the data have {sample.id!r}"
+        if outcome.scores is not None and outcome.scores != task.known_scores(outcome.prediction or "", sample):
+            return "scores that its prediction does not get"
         return ""

@@ -241,7 +241,6 @@ def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserErr
         error = printable(str(answer))
         return Outcome(task=task.name, id=sample.id, index=sample.index, types=types, code=spec.code, error=error)
     prediction = answer.text.strip()
-    scores = {} if spec.predict_only else task.scores(prediction, sample)
     logged = spec.log_samples
     return Outcome(
         task=task.name,
@@ -251,7 +250,7 @@ def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserErr
         code=spec.code,
         prediction=prediction,
         finish=answer.finish,
-        scores=None if spec.predict_only else {name: score for name, score in scores.items() if not math.isnan(score)},
+        scores=None if spec.predict_only else task.known_scores(prediction, sample),
         prompt=task.prompt(sample) if logged else None,
         answers=list(sample.answers) if logged else None,
         token_ids=list(answer.token_ids) if logged else None,

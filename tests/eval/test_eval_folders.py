@@ -128,7 +128,7 @@ def test_a_repeated_row_is_left_out(place, capsys):
     path = run_in(place) / "samples.jsonl"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    path.write_bytes(whole + edited(lines[3], prediction="another answer"))
+    path.write_bytes(whole + edited(lines[3], finish="length"))
     assert evaluate(place) == 0
     error = capsys.readouterr().err
     assert "line 11 is damaged (its sample is answered in line 4)" in error and "10 of 10 already answered" in error

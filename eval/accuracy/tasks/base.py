@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class Task:
             "exact_match": exact_match(prediction, sample.answers),
             "anls": anls(prediction, sample.answers),
         }
+
+    def known_scores(self, prediction: str, sample: Sample) -> dict[str, float]:
+        """The `scores` without those that are NaN."""
+        return {name: score for name, score in self.scores(prediction, sample).items() if not math.isnan(score)}
 
     @property
     def metrics(self) -> frozenset[str]:
