@@ -42,7 +42,7 @@ results: $(VENV)/.installed-dev  ## measure the tables and pictures of docs/resu
 	$(BIN)/python scripts/results.py
 
 clean:  ## remove the environment, build folders and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
