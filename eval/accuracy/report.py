@@ -14,6 +14,8 @@ from eval.accuracy.outcomes import Outcome, Summary, metrics_in, summarise, summ
 from eval.accuracy.run_results import MeanCost, RunResults
 from eval.accuracy.run_spec import Answerer, RunSpec
 from eval.accuracy.words import printable
+from minivlm.errors import UserError
+from minivlm.inputs.processor import Processor
 
 _PACKAGES = ("minivlm", "torch", "tokenizers", "pillow", "huggingface-hub", "safetensors")
 
@@ -81,7 +83,7 @@ def circumstances_of(spec: RunSpec, model: Answerer, seconds: float, processes: 
     prompts = {task.name: task.prompt(dataset.samples[0]) for task, dataset in spec.tasks}
     template = None
     if (processor := model.processor) is not None:
-        prompts = {name: processor.question(prompt, 1) for name, prompt in prompts.items()}
+        prompts = {name: _rendered(processor, prompt) for name, prompt in prompts.items()}
         template = processor.question("{question}", 1)
     return {
         "prompts": prompts,
@@ -90,6 +92,14 @@ def circumstances_of(spec: RunSpec, model: Answerer, seconds: float, processes: 
         "seconds": seconds,
         "processes": processes,
     }
+
+
+def _rendered(processor: Processor, prompt: str) -> str:
+    """A prompt as the model reads it, or the beginning of one that is refused: its sample has failed."""
+    try:
+        return processor.question(prompt, 1)
+    except UserError:
+        return printable(prompt, 200)
 
 
 def results_of(spec: RunSpec, outcomes: Mapping[str, list[Outcome]], circumstances: Circumstances) -> RunResults:
