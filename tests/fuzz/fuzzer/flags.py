@@ -109,7 +109,8 @@ def flags_case(box: Box, command: Command, chosen: Sequence[tuple[str, list[str]
     flags = [*command.base(box), *words]
     if mixes and not command.first:
         flags = [*words, *command.base(box)]
-    hopeless = any(is_bad for _, _, is_bad in chosen) and not mixes
+    last = {name: is_bad for name, _, is_bad in chosen}  # of a policy that is named twice, the last one counts
+    hopeless = any(last.values()) and not mixes
     is_same = all(name in command.harmless for name, _, _ in chosen) and not hopeless
 
     def check(ran: Ran) -> None:

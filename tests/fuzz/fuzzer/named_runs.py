@@ -35,10 +35,15 @@ def _(box: Box, value: str) -> Case:
     return _one_bad_record(box, question=value)
 
 
-def _one_bad_record(box: Box, failed: tuple[int, ...] = (1,), **fields: object) -> Case:
+@named("the first record's question", "\ud800", "<image>" * 3, "x" * 100_000)
+def _(box: Box, value: str) -> Case:
+    return _one_bad_record(box, index=0, question=value)
+
+
+def _one_bad_record(box: Box, failed: tuple[int, ...] = (1,), index: int = 1, **fields: object) -> Case:
     """The others are answered; the bad one fails, or, where `failed` says so, is answered too."""
     content = json.loads((box.shared / "data" / "val_v1.0.json").read_bytes())
-    content["data"][1].update(fields)
+    content["data"][index].update(fields)
     case = data.data_case(box, json.dumps(content).encode(), Expect.ANSWER)
 
     def check(ran: Ran) -> None:

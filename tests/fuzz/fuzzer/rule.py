@@ -67,7 +67,7 @@ def _wrong_answer(case: Case, ran: Ran, folder: Path, changed: Sequence[str]) ->
     if case.expect is Expect.REFUSAL:
         return "accepted what cannot be meant"
     allowed = [os.path.relpath(output, folder) for output in case.outputs]
-    stray = [name for name in changed if not any(name == own or name.startswith(f"{own}/") for own in allowed)]
+    stray = [name for name in changed if not any(own in (".", name) or name.startswith(f"{own}/") for own in allowed)]
     if stray:
         return f"stray files: {stray[:3]}"
     unknown = [line for line in _lines(ran.err) if not line.startswith("note: ") and not _meanwhile(case, line)]
