@@ -27,7 +27,7 @@ from weights import DEMO
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -179,6 +179,8 @@ def test_flags(document):
         for source in (ROOT / folder).rglob("*.py"):
             defined = re.findall(r'(?:flag|switch|spellings)\(\s*"([a-z0-9_]+)"', source.read_text(encoding="utf-8"))
             known |= {f"--{flag}" for flag in defined}
+    fuzzer = (ROOT / "tests" / "fuzz" / "fuzzer" / "__main__.py").read_text(encoding="utf-8")
+    known |= set(re.findall(r'"(--[a-z]+)"', fuzzer))
     named = re.findall(r"--[a-z][a-z0-9_]*[a-z0-9](?![\w*])", document.read_text(encoding="utf-8"))  # not `--text_*`
     assert set(named) <= known
 
