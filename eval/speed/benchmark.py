@@ -68,11 +68,11 @@ def run_benchmark(arguments: Sequence[str]) -> None:
             contenders += [make_peer(name, model) for name, make_peer in peers.items() if make_peer is not None]
             case = measure_case(args, model, contenders, batch, vision_tokens, result["bandwidth"]["copy"])
             result["cases"].append(case)
+            if args.json:
+                write_json(args.json, result)
             print(case_table(case), flush=True)
             for name, tables in case.get("profile", {}).items():
                 print("\n".join(f"{name}, {part}\n{text}" for part, text in tables.items()))
-            if args.json:
-                write_json(args.json, result)
     if args.largest_batch:
         result["largest_batch"] = largest_batches(args, model, candidates)
         counts = ", ".join(f"{name} {count}" for name, count in result["largest_batch"].items())

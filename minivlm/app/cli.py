@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minivlm.app.policy_flags import given, spellings, without_effect
-from minivlm.app.streams import OutputError, standard_streams
+from minivlm.app.streams import ErrorStream, OutputError, standard_streams
 from minivlm.app.values import READERS
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
@@ -88,18 +88,21 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
     # What Pillow warns of and logs is either harmless or an error that it raises as well.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with standard_streams():
+    with standard_streams() as errors:
         try:
             try:
                 main(sys.argv[1:] if arguments is None else arguments)
             finally:
                 sys.stdout.flush()
+            errors.print_notes()
         except (UserError, OutputError) as error:
+            errors.notes.clear()
             complain(error)
             sys.exit(2)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            errors.notes.clear()
             complain(UserError("out of memory (expected less: a smaller model, smaller numbers, or fewer inputs)"))
             sys.exit(2)
         except KeyboardInterrupt:
@@ -121,8 +124,15 @@ def complain(error: Exception) -> None:
 
 
 def note(text: str) -> None:
-    """Report in one line on stderr something that is not a mistake but may surprise the user."""
-    print("note: " + " ".join(text.split()), file=sys.stderr)
+    """Report in one line on stderr something that is not a mistake but may surprise the user.
+
+    In a command that has printed nothing yet, it waits until that has something to print.
+    """
+    line = f"note: {' '.join(text.split())}\n"
+    if isinstance(sys.stderr, ErrorStream):
+        sys.stderr.notes.append(line)
+    else:
+        sys.stderr.write(line)
 
 
 def note_settings(settings: CacheSettings, args: argparse.Namespace, images: bool = True) -> None:

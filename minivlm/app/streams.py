@@ -1,7 +1,8 @@
 """The standard streams of a command, whatever they are: closed, full, without a reader, ASCII only.
 
 Text that a stream cannot encode is written with escapes. What cannot be written on standard output ends the command;
-what cannot be written on standard error is lost, for there is nobody to tell.
+what cannot be written on standard error is lost, for there is nobody to tell. A command that is refused prints a single
+line, so notes wait until it has something to show.
 """
 
 from __future__ import annotations
@@ -53,7 +54,32 @@ class _Stream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
+class ErrorStream(_Stream):
+    """Standard error, with the notes that wait until something else is printed."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.notes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.print_notes()
+        return super().write(text)
+
+    def print_notes(self) -> None:
+        notes, self.notes = self.notes, []
+        for line in notes:
+            super().write(line)
+
+
 class _Output(_Stream):
+    def __init__(self, stream: Any, errors: ErrorStream) -> None:
+        super().__init__(stream)
+        self._errors = errors
+
+    def write(self, text: str) -> int:
+        self._errors.print_notes()
+        return super().write(text)
+
     def _failed(self, error: OSError) -> None:
         super()._failed(error)
         if isinstance(error, BrokenPipeError):
@@ -62,8 +88,11 @@ class _Output(_Stream):
 
 
 @contextmanager
-def standard_streams() -> Iterator[None]:
-    """Put such streams in the place of `sys.stdin`, `sys.stdout` and `sys.stderr`. A closed stdin is an empty one."""
+def standard_streams() -> Iterator[ErrorStream]:
+    """Put such streams in the place of `sys.stdin`, `sys.stdout` and `sys.stderr`. A closed stdin is an empty one.
+
+    Gives the new `sys.stderr`.
+    """
     before = sys.stdin, sys.stdout, sys.stderr
     for number in range(3):  # a closed one's number would go to the next file that is opened
         try:
@@ -73,8 +102,9 @@ def standard_streams() -> Iterator[None]:
     if getattr(sys.stdin, "errors", None) == "strict" and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text is a mistake of that line only
     sys.stdin = io.StringIO() if sys.stdin is None else sys.stdin
-    sys.stdout, sys.stderr = _Output(sys.stdout), _Stream(sys.stderr)
+    errors = ErrorStream(sys.stderr)
+    sys.stdout, sys.stderr = _Output(sys.stdout, errors), errors
     try:
-        yield
+        yield errors
     finally:
         sys.stdin, sys.stdout, sys.stderr = before

@@ -124,6 +124,31 @@ def test_the_streams_are_put_back():
     assert before == (sys.stdin, sys.stdout, sys.stderr)
 
 
+def test_a_refusal_is_alone_and_notes_come_before_an_answer(capfd):
+    def refuse(_: object) -> None:
+        cli.note("by the way")
+        raise UserError("no")
+
+    def answer(_: object) -> None:
+        cli.note("by\nthe way")
+        os.write(1, b"work")
+        print("yes")
+        cli.note("at the end")
+
+    assert call(refuse) == Ran(2, "", "error: no\n")
+    assert call(answer) == Ran(0, "yes\n", "note: by the way\nnote: at the end\n")
+    cli.run(answer, [])
+    assert capfd.readouterr() == ("workworkyes\n", "note: by the way\nnote: at the end\n")
+
+
+def test_notes_come_before_other_lines_of_standard_error():
+    def talk(_: object) -> None:
+        cli.note("first")
+        print("progress", file=sys.stderr)
+
+    assert call(talk) == Ran(0, "", "note: first\nprogress\n")
+
+
 def test_an_error_is_one_line_of_moderate_length():
     def fail(_: object) -> None:
         raise UserError("a\nb\r\x1b[31m\0\u2028\ud800 é " + "x" * 10_000)
