@@ -25,7 +25,7 @@ from eval.accuracy.runner import evaluate
 from eval.accuracy.tasks import GROUPS, TASKS, open_tasks
 from eval.accuracy.words import printable
 from minivlm.app import policy_flags
-from minivlm.app.cli import Parser, note
+from minivlm.app.cli import Parser
 from minivlm.cache.policies import preset
 from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.settings import CacheSettings
@@ -50,10 +50,9 @@ def run_evaluation(arguments: Sequence[str]) -> None:
     processes = Processes.join()
     try:
         spec = prepare_run(args)
-        if processes.rank == 0:
-            for line in spec.notes:
-                note(line)
-        folder, results = evaluate(spec, args.output_path, model_loader(args), processes, force=args.force)
+        folder, results = evaluate(
+            spec, args.output_path, model_loader(args), processes, force=args.force, notes=spec.notes
+        )
         if results is not None:
             print(results_in_words(results, folder))
     finally:

@@ -33,23 +33,21 @@ from eval.accuracy.run_results import RunResults, decode_results
 from eval.accuracy.run_settings import RunSettings, decode_settings, first_difference
 from eval.accuracy.words import printable
 from eval.json_files import write_json
-from minivlm.app.cli import note
 from minivlm.errors import UserError
 from minivlm.files import exists, is_folder, open_file, read_bytes, reason, write_whole
 
 _NAMED_LINES = 5  # damaged lines that are named one by one
-_LONGEST_NOTE = 5000  # characters; a path may have 4096
 
 
 class RunFolder:
     """The folder `root`/`label`_`hash of settings`, or `root` itself if that is a run's folder.
 
-    Methods raise `UserError` if a file cannot be written or read, and `open` also for a folder that
-    is not this run's.
+    `note` is told, in one line each, what surprises about its content. Methods raise `UserError` if
+    a file cannot be written or read, and `open` also for a folder that is not this run's.
     """
 
-    def __init__(self, root: Path, label: str, settings: RunSettings, code: str) -> None:
-        self.settings, self.code = settings, code
+    def __init__(self, root: Path, label: str, settings: RunSettings, code: str, note: Callable[[str], None]) -> None:
+        self.settings, self.code, self._note = settings, code, note
         self._is_root = exists(root / "settings.json")
         self.path = root if self._is_root else root / f"{label}_{settings.hash()}"
         self.samples = self.path / "samples.jsonl"
@@ -65,8 +63,7 @@ class RunFolder:
         """Check that the folder belongs to this run, or can be made.
 
         Return the outcomes so far by task and index. Rows for which `problem` says why they cannot
-        be this run's are damaged; rows of other code, or with `force` all rows, do not count. Both
-        are said in notes on stderr.
+        be this run's are damaged; rows of other code, or with `force` all rows, do not count.
         """
         if not exists(self.path):
             expect_folder(self.path)
@@ -77,7 +74,7 @@ class RunFolder:
         for row in self._rows.good:
             (self._stale if force or row.outcome.code != self.code else self._current).append(row)
         for line in (*self._damage_in_words(), *self._stale_in_words(force)):
-            note(printable(line, _LONGEST_NOTE))
+            self._note(line)
         return {row.outcome.key: row.outcome for row in self._current}
 
     def append(self, outcomes: Sequence[Outcome]) -> None:
@@ -117,14 +114,14 @@ class RunFolder:
         self._stale, self._in_order = [], True
 
     def read_results(self) -> RunResults | None:
-        """What results.json says; None if there is none of this code, or a damaged one, with a note."""
+        """What results.json says; None if there is none of this code, or a damaged one."""
         if self._stale or not exists(self.results):
             return None
         data = read_bytes(self.results)
         try:
             results = decode_results(data, str(self.results))
         except UserError as error:
-            note(printable(f"{error}; it is computed again from the rows", _LONGEST_NOTE))
+            self._note(f"{error}; it is computed again from the rows")
             return None
         return results if results.code == self.code and results.settings == self.settings else None
 
@@ -163,8 +160,7 @@ class RunFolder:
         except UserError as error:
             if not self.path.name.endswith(f"_{self.settings.hash()}"):
                 raise
-            again = "it is written again, as the folder's name says for which settings it is"
-            note(printable(f"{error}; {again}", _LONGEST_NOTE))
+            self._note(f"{error}; it is written again, as the folder's name says for which settings it is")
             return False
         if difference := first_difference(stored, self.settings):
             raise UserError(f"{self.path}: holds a run with other settings ({difference}); name another --output_path")

@@ -31,7 +31,6 @@ from eval.accuracy.run_results import RunResults
 from eval.accuracy.run_spec import Answerer, RunSpec
 from eval.accuracy.tasks import Task
 from eval.accuracy.words import printable
-from minivlm.app.cli import note
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.generation.answers import Answer, Request
@@ -54,28 +53,33 @@ def evaluate(
     processes: Processes = Processes(),
     *,
     force: bool = False,
+    notes: Sequence[str] = (),
 ) -> tuple[Path, RunResults | None]:
     """Answer what is not answered yet, or with `force` everything.
 
-    Return the run's folder and its results (None on ranks other than 0).
+    Return the run's folder and its results (None on ranks other than 0). `notes`, and what is
+    noteworthy about the folder, are said on stderr with the first answer: a refusal says only why.
 
     `load` is called only if something is left to ask, or if results.json has to be written without
     an earlier one. Raises `UserError` for a folder that cannot be used, and `NothingAnswered` if
     not one sample of a task could be answered.
     """
-    folder = RunFolder(root, spec.label(), spec.settings_record(), spec.code)
+    waiting = _Lines()
+    folder = RunFolder(root, spec.label(), spec.settings_record(), spec.code, waiting.note)
     outcomes: Outcomes = {}
     if processes.rank == 0:
+        for text in notes:
+            waiting.note(text)
         outcomes = folder.open(spec.problem, force)
     samples = [(task.name, sample.index) for task, dataset in spec.tasks for sample in dataset.samples]
     done = sum(key in outcomes and outcomes[key].answered for key in samples)
     if done and processes.rank == 0:
-        note(f"{done} of {len(samples)} already answered in {printable(str(folder.path), 5000)}")
+        waiting.note(f"{done} of {len(samples)} already answered in {folder.path}")
     started = time.perf_counter()
     if asked := processes.broadcast(done) < len(samples):
         model = load()
         for task, dataset in spec.tasks:
-            _answer_task(spec, task, dataset, model, folder, outcomes, processes)
+            _answer_task(spec, task, dataset, model, folder, outcomes, processes, waiting)
     if processes.rank != 0:
         return folder.path, None
 
@@ -90,6 +94,7 @@ def evaluate(
     results = results_of(spec, by_task, circumstances)
     if results != stored:
         folder.write(folder.results.name, results)
+    waiting.say()
     return folder.path, results
 
 
@@ -128,10 +133,12 @@ def _answer_task(
     folder: RunFolder,
     outcomes: Outcomes,
     processes: Processes,
+    waiting: _Lines,
 ) -> None:
     """Ask every batch of a task that has an unanswered sample.
 
-    Adds to `outcomes` and to the folder on rank 0.
+    Adds to `outcomes` and to the folder on rank 0. The lines that are waiting are said, and those
+    about failures with them, once the task has an answer.
     """
     stored = (outcomes.get((task.name, sample.index)) for sample in dataset.samples)
     answered = [outcome for outcome in stored if outcome is not None and outcome.answered]
@@ -148,7 +155,6 @@ def _answer_task(
         unit="page",
         disable=processes.rank > 0 or not sys.stderr.isatty(),
     )
-    failures: list[str] = []  # said with the first answer: of a task without one, the error says enough
     # Closed here, the thread ends here. The garbage collector might wait for it in a place that cannot wait.
     with bar, closing(decoded_ahead(dataset, batches[processes.rank :: processes.world])) as own_batches:
         # Every rank takes part in every round, if only with an empty list: `gather` waits for all
@@ -163,11 +169,9 @@ def _answer_task(
                 outcomes[outcome.key] = outcome
                 totals.add(outcome)
                 if not outcome.answered:
-                    failures.append(f"failed: {task.name} {printable(str(outcome.id), 60)}: {outcome.error}")
+                    waiting.add(f"failed: {task.name} {outcome.id}: {outcome.error}")
             if totals.counts["kv_bytes"]:
-                for line in failures:
-                    bar.write(line, file=sys.stderr)
-                failures.clear()
+                waiting.say()
             bar.set_postfix_str(str(totals), refresh=False)
             bar.update(len(new))
 
@@ -256,6 +260,24 @@ def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserErr
         token_ids=list(answer.token_ids) if logged else None,
         cost=Cost.share(answer.stats, asked_together),
     )
+
+
+class _Lines:
+    """Lines for stderr that wait to be said."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.add(f"note: {text}")
+
+    def add(self, line: str) -> None:
+        self._lines.append(printable(line, 5000))  # a path may have 4096 characters
+
+    def say(self) -> None:
+        for line in self._lines:
+            tqdm.write(line, file=sys.stderr)  # beside the bar
+        self._lines.clear()
 
 
 class _RunningTotals:

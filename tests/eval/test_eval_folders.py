@@ -249,7 +249,7 @@ def test_a_refusal_makes_no_folder(place, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: the checkpoint is damaged\n" and not (place[0] / "new").exists()
 
 
-def test_a_refusal_changes_no_folder(place, capsys, monkeypatch):
+def test_a_refusal_changes_no_folder_and_says_one_line(place, capsys, monkeypatch):
     assert evaluate(place) == 0
     run = run_in(place)
     lines = (run / "samples.jsonl").read_bytes().splitlines(keepends=True)
@@ -260,8 +260,10 @@ def test_a_refusal_changes_no_folder(place, capsys, monkeypatch):
         raise UserError("the checkpoint is damaged")
 
     monkeypatch.setattr(weights, "load", refuse)
-    for more in ((), ("--force",)):
+    capsys.readouterr()
+    for more in ((), ("--force",), ("--verbosity", "high")):
         assert evaluate(place, *more) == 2
+        assert capsys.readouterr().err == "error: the checkpoint is damaged\n"
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
