@@ -21,9 +21,9 @@ PLANTED = {
     "answer": "",
     "refusal": "",
     "whole file": "",
+    "memory": "",  # the limit is reached, and `cli.run` says so in one line
     "traceback": "traceback: ZeroDivisionError",
     "traceback in a thread": "traceback: ZeroDivisionError",
-    "memory": "traceback: MemoryError",
     "crash": "died of signal 11",
     "hang": "hang",
     "spin": "hang",
