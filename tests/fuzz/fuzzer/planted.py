@@ -83,7 +83,7 @@ _FAULTS: dict[str, Callable[[], object]] = {
     "changed input": lambda: Path("in/page").write_text("other"),
     "half a file": _half_a_file,
     "whole file": lambda: write_whole(Path("out/result"), lambda path: path.write_text("complete")),
-    "file elsewhere": lambda: Path("../elsewhere").touch(),
+    "file elsewhere": lambda: Path("../elsewhere").write_text("here"),
     "rename elsewhere": lambda: os.rename("in/page", "../page"),
     "changed shared input": lambda: subprocess.run(["touch", "../../shared/wide.png"]),
     "connection": lambda: socket.socket().connect_ex(("127.0.0.1", 9)),
