@@ -88,6 +88,6 @@ def watch_answer(vlm: VLM, prompt: str, image: Image.Image, max_new_tokens: int)
     steps = 1 + int(cache.stored[0])  # on a GPU one more may have been started
     return AnswerAttention(
         attn=[torch.stack(layers).cpu() for layers in cache.attn[:steps]],
-        is_vision=inputs.input_ids[0] == vlm.config.image_token_index,
+        is_vision=inputs.is_vision[0],
         answer=vlm.processor.decode(generation.tokens[0]),
     )

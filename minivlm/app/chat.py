@@ -28,9 +28,15 @@ def show(stream: Stream, stats: bool) -> bool:
     was full before the answer was complete.
     """
     previous_handler = signal.signal(signal.SIGINT, lambda *_: stream.stop())
+    shown = ""
     try:
         for piece in stream:
+            shown = piece
             print(piece, end="", flush=True)
+    except UserError:
+        if shown:
+            print(flush=True)  # the error gets a line of its own
+        raise
     finally:
         signal.signal(signal.SIGINT, previous_handler)
     print(flush=True)
