@@ -127,7 +127,7 @@ def reason(error: Exception) -> str:
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
     """The file that `path` stands for, behind all links, and its status; None for a file that is still to be made.
 
-    Raises `UserError` for a folder and for a name that the system cannot have.
+    Raises `UserError` for a folder, a socket, and a name that the system cannot have.
     """
     try:
         current = os.stat(path)
@@ -137,6 +137,8 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from None
     if stat.S_ISDIR(current.st_mode):
         raise UserError(f"{path}: is a folder (expected the name of a file to write)")
+    if stat.S_ISSOCK(current.st_mode):
+        raise UserError(f"{path}: cannot be written (it is a socket)")
     # What /dev/stdout points to may be a pipe, which has no name of its own.
     return Path(os.path.realpath(path) if stat.S_ISREG(current.st_mode) else path), current
 

@@ -32,6 +32,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse does it, but `--flag=--` is refused: before Python 3.13, argparse takes it for an empty list."""
+        for word in args or ():
+            if re.fullmatch(r"--[^=]+=--", word):
+                self.error(f"{word} has no value")
+        return super().parse_known_args(args, namespace)
+
     def flag(self, name: str, **options: Any) -> None:
         """Add a flag in both spellings, `--like_this` and `--like-this`.
 
