@@ -59,7 +59,6 @@ DAMAGED = {
     "deep": (b"[" * 100_000, b""),
     "no entry": ({"x": 5}, b""),
     "no shape": ({"x": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234"),
-    "unknown dtype": ({"x": entry("F31")}, b"1234"),
     "dtype of another type": ({"x": entry(["F32"])}, b"1234"),
     "negative": ({"x": entry(shape=[-1])}, b"1234"),
     "infinite": (b'{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', b"1234"),
@@ -91,6 +90,14 @@ def test_wrong_lengths_of_the_header(length, tmp_path):
 def test_other_files(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
     assert "not a readable safetensors file" in refusal(tmp_path / "x")
+
+
+def test_a_dtype_that_torch_does_not_have(tmp_path):
+    """It may stand in a file, of which it is then not read."""
+    path = write(tmp_path / "x", {"x": entry("F31"), "y": entry("F32", [1], 4, 8)}, bytes(8))
+    with TensorFile(path) as file:
+        assert file.read("y").tolist() == [0]
+    assert "no known dtype" in refusal(path, "x")
 
 
 def test_a_truth_that_is_neither(tmp_path):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from minivlm.errors import UserError
 from minivlm.model.config import VLMConfig
-from weights.read import DTYPES, StoredTensor
+from minivlm.tensor_files import StoredTensor
+from weights.read import DTYPES
 
 _PREFIXES = (
     ("language_model.model.", "language_model."),  # (a), (c)

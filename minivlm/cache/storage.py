@@ -259,7 +259,7 @@ class _Stored:
         # None is a number of positions or steps.
         if not fits or max(actual) > max(self.cache.config.context_length, *(size or 0 for size in shape)):
             expected = ["any" if size is None else size for size in shape]
-            raise self._damaged(f"{name} has shape {actual}, expected {expected}")
+            raise self._damaged(f"{name} has shape {list(actual)}, expected {expected}")
         tensor = self.file.read(name)
         self.checksums[name] = checksum_of_tensor(tensor)
         if tensor.dtype != dtype:
