@@ -7,6 +7,7 @@ import os
 import re
 import select
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -303,21 +304,42 @@ def test_ctrl_c_ends_an_answer(endless):
     assert b"Traceback" not in err and b"tokens/s" in err
 
 
+def some_bytes(pipe: int) -> bytes:
+    data = os.read(pipe, 1 << 16)
+    assert data, "the process has ended"
+    return data
+
+
+def rest_of_a_turn(process: subprocess.Popen, lines: int) -> str:
+    """Read both streams until stderr has so many lines, which come last; then nothing of the turn is left in a pipe."""
+    out, err = process.stdout.fileno(), process.stderr.fileno()
+    said = b""
+    while said.count(b"\n") < lines:
+        ready, _, _ = select.select([out, err], [], [], 120)
+        assert ready, "the turn does not end"
+        if err in ready:
+            said += some_bytes(err)
+        if out in ready:
+            some_bytes(out)
+    while select.select([out], [], [], 0)[0]:
+        os.read(out, 1 << 16)
+    return said.decode()
+
+
 def test_ctrl_c_ends_a_turn_and_the_conversation_goes_on(endless):
     process = start("generate", "--model", endless, "--chat", "--max_new_tokens", 60000, "--stats")
-    lines = []
+    turns = []
     for _ in range(2):
         process.stdin.write(b"Hi?\n")
         process.stdin.flush()
-        assert os.read(process.stdout.fileno(), 1)
+        begun = 0
+        while begun < 64:  # characters, of more than one token: then the statistics have their line about steps
+            begun += len(some_bytes(process.stdout.fileno()))
         process.send_signal(signal.SIGINT)
-        lines += [process.stderr.readline().decode() for _ in range(4)]
-        # The answer, which may hold line breaks, was written before the statistics: all of it is in the pipe.
-        while select.select([process.stdout], [], [], 0)[0]:
-            os.read(process.stdout.fileno(), 1 << 16)
+        turns.append(rest_of_a_turn(process, lines=4))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, b"", b"")
-    (first, _), (second, _) = prefilled("".join(lines))
+    (first, _), (second, _) = prefilled("".join(turns))
     assert second < first + 4  # only the new turn, although the answer before it was cut
 
 
