@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,8 +33,8 @@ def outcome(index: int, prediction: str = "a\u00e9\u2028\U0001f600") -> Outcome:
     )
 
 
-def opened(path: Path) -> tuple[RunFolder, dict[tuple[str, int], Outcome]]:
-    folder = RunFolder(path, "label", SETTINGS, CODE)
+def opened(path: Path, notes: list[str]) -> tuple[RunFolder, dict[tuple[str, int], Outcome]]:
+    folder = RunFolder(path, "label", SETTINGS, CODE, notes.append)
     return folder, folder.open(lambda outcome: "")
 
 
@@ -67,10 +66,9 @@ def broken(data: bytes, draw) -> bytes:
 
 @given(data=st.data(), damage=st.lists(st.sampled_from([torn, inserted, repeated, dropped, broken]), max_size=4))
 def test_damage_costs_no_more_than_what_it_hits(data, damage):
-    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as root:
         notes: list[str] = []
-        patch.setattr("eval.accuracy.run_folder.note", notes.append)
-        run, _ = opened(Path(root))
+        run, _ = opened(Path(root), notes)
         run.append([outcome(index) for index in range(SAMPLES)])
         content = run.samples.read_bytes()
         written = set(content.splitlines(keepends=True))
@@ -79,7 +77,7 @@ def test_damage_costs_no_more_than_what_it_hits(data, damage):
         run.samples.write_bytes(content)
 
         # Every line that is as it was counts, and nothing else does.
-        run, outcomes = opened(Path(root))
+        run, outcomes = opened(Path(root), notes)
         whole = [line for line in content.splitlines(keepends=True) if line in written]
         assert len(outcomes) == len(set(whole))
         assert all(left == outcome(index) for (_, index), left in outcomes.items())
@@ -89,7 +87,7 @@ def test_damage_costs_no_more_than_what_it_hits(data, damage):
         # The rest is asked again; then the folder is as good as new.
         run.append([outcome(index) for index in range(SAMPLES) if ("docvqa_val", index) not in outcomes])
         del notes[:]
-        run, outcomes = opened(Path(root))
+        run, outcomes = opened(Path(root), notes)
         assert outcomes == {("docvqa_val", index): outcome(index) for index in range(SAMPLES)} and not notes
         if len(whole) < SAMPLES:  # something was missing, so that the file was put in order
             assert sorted(run.samples.read_bytes().splitlines(keepends=True)) == sorted(written)
