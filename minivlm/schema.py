@@ -6,9 +6,11 @@ numbers outside the range of a float are refused.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import isinf
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -38,7 +40,13 @@ def read_optional_json(path: Path, schema: type[T]) -> T:
 
 def decode(data: bytes | str, schema: type[T], name: str) -> T:
     """JSON as an object of the schema. Raises `UserError`, beginning with `name`, if it does not have its form."""
-    return _refusing(lambda: msgspec.json.decode(data, type=schema), name)
+    try:
+        return _refusing(lambda: msgspec.json.decode(data, type=schema), name)
+    except UserError as error:
+        if not re.search(r"\[\.{3}\].*: (integer value|number) out of range$", str(error)):
+            raise
+    # A number out of range, in content without a type, where msgspec does not say the place.
+    raise UserError(f"{name}: {_place_of_infinity(data)}: number out of range")
 
 
 def convert(content: Any, schema: type[T], name: str, section: str = "") -> T:
@@ -47,6 +55,25 @@ def convert(content: Any, schema: type[T], name: str, section: str = "") -> T:
     A message names the place of what is wrong; `section` is the place of `content` itself.
     """
     return _refusing(lambda: msgspec.convert(content, schema, str_keys=True), name, section)
+
+
+def _place_of_infinity(data: bytes | str) -> str:
+    """Where the first number of a JSON text stands that no float can hold."""
+
+    def places(content: Any, place: str) -> Iterator[str]:
+        if isinstance(content, float) and isinf(content):
+            yield place.strip(".")
+        elif isinstance(content, dict):
+            for key, value in content.items():
+                yield from places(value, f"{place}.{key}")
+        elif isinstance(content, list):
+            for i, value in enumerate(content):
+                yield from places(value, f"{place}[{i}]")
+
+    try:
+        return next(places(json.loads(data, parse_int=float), ""), "somewhere")
+    except RecursionError:
+        return "deep inside"
 
 
 def _refusing(read: Callable[[], T], name: str, section: str = "") -> T:
