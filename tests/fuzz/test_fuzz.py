@@ -90,7 +90,7 @@ def test_every_family_is_accepted_and_refused(numbered):
 
 
 def test_a_case_depends_on_nothing_but_its_number(numbered, tmp_path):
-    again, _ = fuzz(tmp_path, "--cases", 39)
+    again, _ = fuzz(tmp_path, "--cases", 13)
     for name, result in again.items():
         for part in ("family", "outcome", "complaint", "words"):
             assert result[part] == numbered[0][name][part]
@@ -101,6 +101,7 @@ def test_another_seed_makes_other_cases(numbered, tmp_path):
     assert all(result["words"] != numbered[0][name]["words"] for name, result in others.items())
 
 
+@pytest.mark.slow
 def test_a_forked_case_ends_as_a_process_of_its_own_does(tmp_path):
     results, said = fuzz(tmp_path, "--only", "json", "prompts", "chats", "data", "--cases", 8, "--real", "--workers", 2)
     assert len(results) == 8 and not any(result["complaint"] for result in results.values()), said
