@@ -15,7 +15,7 @@ import pyarrow.parquet
 from fuzzer.case import Box, Case, Expect
 from fuzzer.child import Ran
 from fuzzer.flags import check_runs, strict_json
-from fuzzer.mutate_json import JUNK, flip_bytes, mutate_json
+from fuzzer.mutate_json import flip_bytes, junk, mutate_json
 from fuzzer.world import EVAL_FLAGS, NEXT, RECORDS, run_folder
 
 _NAMES = (
@@ -44,7 +44,9 @@ def change_record(records: list[dict[str, Any]], rng: Random) -> None:
     field = rng.choice(("image", "questionId", "question", "answers", "question_types", "data_split"))
     text = rng.choice(("\ud800", "a\x00b", "x" * 100_000, "<image><image>", "</s>", "\u202e", "line\nbreak", ""))
     answers = ([text], [text] * 3, [[]], [None], [5], [])
-    values = {"image": _NAMES, "questionId": _IDS, "answers": answers}.get(field, (text, [text], *JUNK))
+    values = {"image": _NAMES, "questionId": _IDS, "answers": answers}.get(
+        field, (text, [text], junk(rng), junk(rng), junk(rng))
+    )
     record[field] = rng.choice(values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ JUNK: tuple[Any, ...] = (
     *("9" * 5000, "long " * 20_000),
     *([], [[]], {}, [None], [0], [1, 2, 3], [[1e999, 56]], [[56, 112]], ["x"], [[[[[[]]]]]], {"": 0}, {"default": []}),
 )
+
+
+def junk(rng: Random) -> Any:
+    """One of `JUNK`, as a copy of its own: further changes must not reach the next case."""
+    return copy.deepcopy(rng.choice(JUNK))
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def _somewhere(content: Any, rng: Random, change: Callable[[Any, Any], object]) 
 
 
 def _replace(content: Any, rng: Random) -> Any:
-    return _somewhere(content, rng, lambda where, key: where.__setitem__(key, rng.choice(JUNK)))
+    return _somewhere(content, rng, lambda where, key: where.__setitem__(key, junk(rng)))
 
 
 def _delete(content: Any, rng: Random) -> Any:

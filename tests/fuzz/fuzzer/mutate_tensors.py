@@ -9,7 +9,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from fuzzer.mutate_json import JUNK, Mutated, flip_bytes, mutate_json
+from fuzzer.mutate_json import Mutated, flip_bytes, junk, mutate_json
 
 _DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "C64", "f32", "", "X9", 5)
 _LENGTHS = (0, 1, 7, 8, 100_000_001, 2**31, 2**32 + 5, 2**63 - 1, 2**64 - 1)
@@ -174,7 +174,7 @@ def _metadata(header: Header, rng: Random) -> Header:
     if described is not None and rng.random() < 0.8:
         metadata[described] = mutate_json(json.loads(metadata[described]), rng).data.decode(errors="replace")
     else:
-        header["__metadata__"] = rng.choice((*JUNK, {"format": "pt", "more": "x" * 1000}))
+        header["__metadata__"] = rng.choice((junk(rng), {"format": "pt", "more": "x" * 1000}))
     return header
 
 

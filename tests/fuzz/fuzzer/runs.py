@@ -12,7 +12,7 @@ from fuzzer.case import Box, Case, Expect
 from fuzzer.checkpoints import some_answer
 from fuzzer.data import predictions
 from fuzzer.flags import strict_json
-from fuzzer.mutate_json import JUNK, flip_bytes, mutate_json
+from fuzzer.mutate_json import flip_bytes, junk, mutate_json
 from fuzzer.world import eval_flags, run_folder
 
 # Of results.json, what differs from run to run, and what is only repeated from an earlier results.json.
@@ -49,7 +49,7 @@ def damage_rows(content: bytes, rng: Random) -> bytes:
         del lines[place]
     else:
         row = json.loads(lines[place])
-        row[rng.choice(list(row))] = rng.choice(JUNK)
+        row[rng.choice(list(row))] = junk(rng)
         lines[place] = json.dumps(row).encode() + b"\n"
     return b"".join(lines)
 
