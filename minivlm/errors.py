@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import re
-
-# Line breaks, and what a terminal would obey instead of showing it.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_LONGEST = 1000  # characters
-
 
 class UserError(ValueError):
     """A mistake outside the program. Its message is one line: what is wrong, and what was expected.
 
     Scripts print it as `error: ...` on stderr and exit with status 2, without a traceback. Messages
-    contain names and values from outside: control characters in them are escaped, and the middle of
-    a very long message is left out.
+    contain names and values from outside, so that they are made `printable`.
     """
 
     def __init__(self, message: str) -> None:
-        message = _CONTROL.sub(lambda character: repr(character[0])[1:-1], message)
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
-        super().__init__(message)
+        super().__init__(printable(message))
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """`text` as one line of at most `limit` characters, which any terminal shows and any file of text can hold.
+
+    Line breaks, control characters and lone surrogates are escaped. The middle of a long text is
+    left out: its end often says why.
+    """
+    characters = (c if c.isprintable() else ascii(c)[1:-1] for c in _shortened(text, limit))
+    return _shortened("".join(characters), limit)
+
+
+def _shortened(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    start = (limit - 1) // 2
+    return f"{text[:start]}…{text[len(text) - (limit - 1 - start) :]}"

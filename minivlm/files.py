@@ -28,6 +28,11 @@ _KINDS = {
 _MAX_BYTES = 1 << 28  # of a file that is read whole; the largest tokenizers and data sets have a tenth of that
 
 
+def user_path(name: str | Path) -> Path:
+    """A path as a user writes it: `~` is the home folder. That of an unknown user stays as it is."""
+    return Path(os.path.expanduser(name))  # Path.expanduser raises RuntimeError for one
+
+
 def open_file(path: Path) -> BufferedReader:
     """A regular file, opened for reading.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -67,6 +68,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    def fits(self, shape: Sequence[int | None]) -> bool:
+        """Whether it has this shape, in which None stands for any size."""
+        return len(self.shape) == len(shape) and all(
+            want in (None, have) for want, have in zip(shape, self.shape, strict=True)
+        )
 
 
 def read_header(file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:

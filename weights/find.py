@@ -8,7 +8,6 @@ complete cached copy is used.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from minivlm.errors import UserError
-from minivlm.files import exists, is_folder
+from minivlm.files import exists, is_folder, user_path
 from weights.read import INDEX, WEIGHTS, shard_names
 
 DEMO = Path(__file__).parent / "demo"
@@ -50,7 +49,7 @@ def find_checkpoint(model: str | Path | None = None) -> Path:
     """
     if model is None:
         return DEMO
-    folder = Path(os.path.expanduser(model))  # unlike Path.expanduser, keeps the name of an unknown user
+    folder = user_path(model)
     if is_folder(folder):
         return folder
     if exists(folder):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +22,13 @@ from eval.accuracy.report import results_in_words
 from eval.accuracy.run_spec import ModelIdentity, RunSpec
 from eval.accuracy.runner import evaluate
 from eval.accuracy.tasks import GROUPS, TASKS, open_tasks
-from eval.accuracy.words import printable
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser
 from minivlm.cache.policies import preset
 from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.settings import CacheSettings
-from minivlm.errors import UserError
-from minivlm.files import is_folder
+from minivlm.errors import UserError, printable
+from minivlm.files import is_folder, user_path
 from minivlm.generation.vlm import VLM
 from weights.build import read_config
 
@@ -184,8 +182,10 @@ def _model_identity(args: argparse.Namespace) -> ModelIdentity:
     folder = weights.find_checkpoint(args.model)
     if args.model is None:
         name = "demo"
+    elif is_folder(user_path(args.model)):
+        name = folder.name
     else:
-        name = folder.name if is_folder(Path(os.path.expanduser(args.model))) else args.model
+        name = args.model
     on_cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     dtype = args.dtype
     if dtype == "auto":

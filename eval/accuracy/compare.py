@@ -20,9 +20,8 @@ from eval.accuracy.outcomes import Outcome, metrics_in
 from eval.accuracy.report import figures_of
 from eval.accuracy.rows import misfit, read_rows
 from eval.accuracy.run_results import RunResults, decode_results
-from eval.accuracy.words import printable
 from minivlm.app.cli import Parser
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 from minivlm.files import exists, is_folder, read_bytes
 
 _DRAWS = 10_000

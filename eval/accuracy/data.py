@@ -19,8 +19,8 @@ import msgspec
 from PIL import Image
 
 from eval.accuracy.records import Sample, expect_split, read_samples
-from minivlm.errors import UserError
-from minivlm.files import exists, read_bytes
+from minivlm.errors import UserError, printable
+from minivlm.files import exists, read_bytes, reason
 from minivlm.inputs.images import load_image
 from minivlm.schema import convert
 
@@ -123,9 +123,5 @@ def download(repository: str, pattern: str) -> Path:
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
     except Exception as error:  # the errors of the hub's client and of its HTTP library
-        reason = _first_line(error) or type(error).__name__
-        raise UserError(f"{repository}: no such folder, and downloading it from the hub failed ({reason})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+        why = printable(reason(error), 300)
+        raise UserError(f"{repository}: no such folder, and downloading it from the hub failed ({why})") from None

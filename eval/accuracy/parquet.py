@@ -18,9 +18,8 @@ from PIL import Image
 
 from eval.accuracy.data import Dataset
 from eval.accuracy.records import Record, read_samples
-from eval.accuracy.words import printable
-from minivlm.errors import UserError
-from minivlm.files import open_file
+from minivlm.errors import UserError, printable
+from minivlm.files import open_file, reason
 from minivlm.inputs.images import read_image
 
 _MAX_ROWS = 1 << 20  # of all files; a few bytes can stand for more rows than any memory holds
@@ -124,5 +123,5 @@ class _ParquetImages:
         self._loaded = group
 
 
-def _reason(error: BaseException) -> str:
-    return printable(str(error), 150) or type(error).__name__
+def _reason(error: Exception) -> str:
+    return printable(reason(error), 150)

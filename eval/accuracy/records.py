@@ -14,8 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from eval.accuracy.words import printable
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 from minivlm.schema import Finite, convert
 
 _SPLIT_NAMES = {"validation": ("validation", "val"), "test": ("test",)}
@@ -87,7 +86,7 @@ def read_samples(contents: Iterable[Any], split: str, where: str, *, named_image
             index_of[sample.id] = index
         except UserError as problem:
             problems.append(problem)
-            sample = Sample(index, f"[{index}]", "", problem=printable(str(problem)))
+            sample = Sample(index, f"[{index}]", "", problem=printable(str(problem), 300))
         samples.append(sample)
     if not samples:
         raise UserError(f"{where}[] is empty")

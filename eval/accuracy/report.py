@@ -13,8 +13,7 @@ from eval.accuracy.anls import mean
 from eval.accuracy.outcomes import Outcome, Summary, metrics_in, summarise, summarise_by_type
 from eval.accuracy.run_results import MeanCost, RunResults
 from eval.accuracy.run_spec import Answerer, RunSpec
-from eval.accuracy.words import printable
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 from minivlm.inputs.processor import Processor
 
 _PACKAGES = ("minivlm", "torch", "tokenizers", "pillow", "huggingface-hub", "safetensors")

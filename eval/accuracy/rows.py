@@ -9,8 +9,7 @@ from pathlib import Path
 from eval.accuracy.outcomes import Outcome
 from eval.accuracy.run_settings import RunSettings
 from eval.accuracy.tasks import TASKS
-from eval.accuracy.words import printable
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 from minivlm.files import exists, read_bytes
 from minivlm.schema import decode
 

@@ -31,7 +31,6 @@ from eval.accuracy.outcomes import Outcome
 from eval.accuracy.rows import Row, Rows, read_rows
 from eval.accuracy.run_results import RunResults, decode_results
 from eval.accuracy.run_settings import RunSettings, decode_settings, first_difference
-from eval.accuracy.words import printable
 from eval.json_files import write_json
 from minivlm.errors import UserError
 from minivlm.files import exists, is_folder, open_file, read_bytes, reason, write_whole
@@ -227,7 +226,7 @@ def make_folders(path: Path) -> list[Path]:
                 made.append(folder)
     except OSError as error:
         _remove(made)
-        raise UserError(f"{printable(str(path))}: cannot write there ({reason(error)})") from None
+        raise UserError(f"{path}: cannot write there ({reason(error)})") from None
     return made
 
 

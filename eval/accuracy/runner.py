@@ -30,9 +30,9 @@ from eval.accuracy.run_folder import RunFolder
 from eval.accuracy.run_results import RunResults
 from eval.accuracy.run_spec import Answerer, RunSpec
 from eval.accuracy.tasks import Task
-from eval.accuracy.words import printable
+from minivlm.app.cli import note, say_notes
 from minivlm.cache.settings import CacheSettings
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 from minivlm.generation.answers import Answer, Request
 from minivlm.generation.sampling import Sampling
 
@@ -64,22 +64,21 @@ def evaluate(
     an earlier one. Raises `UserError` for a folder that cannot be used, and `NothingAnswered` if
     not one sample of a task could be answered.
     """
-    waiting = _Lines()
-    folder = RunFolder(root, spec.label(), spec.settings_record(), spec.code, waiting.note)
+    folder = RunFolder(root, spec.label(), spec.settings_record(), spec.code, note)
     outcomes: Outcomes = {}
     if processes.rank == 0:
         for text in notes:
-            waiting.note(text)
+            note(text)
         outcomes = folder.open(spec.problem, force)
     samples = [(task.name, sample.index) for task, dataset in spec.tasks for sample in dataset.samples]
     done = sum(key in outcomes and outcomes[key].answered for key in samples)
     if done and processes.rank == 0:
-        waiting.note(f"{done} of {len(samples)} already answered in {folder.path}")
+        note(f"{done} of {len(samples)} already answered in {folder.path}")
     started = time.perf_counter()
     if asked := processes.broadcast(done) < len(samples):
         model = load()
         for task, dataset in spec.tasks:
-            _answer_task(spec, task, dataset, model, folder, outcomes, processes, waiting)
+            _answer_task(spec, task, dataset, model, folder, outcomes, processes)
     if processes.rank != 0:
         return folder.path, None
 
@@ -94,7 +93,6 @@ def evaluate(
     results = results_of(spec, by_task, circumstances)
     if results != stored:
         folder.write(folder.results.name, results)
-    waiting.say()
     return folder.path, results
 
 
@@ -133,12 +131,10 @@ def _answer_task(
     folder: RunFolder,
     outcomes: Outcomes,
     processes: Processes,
-    waiting: _Lines,
 ) -> None:
     """Ask every batch of a task that has an unanswered sample.
 
-    Adds to `outcomes` and to the folder on rank 0. The lines that are waiting are said, and those
-    about failures with them, once the task has an answer.
+    Adds to `outcomes` and to the folder on rank 0.
     """
     stored = (outcomes.get((task.name, sample.index)) for sample in dataset.samples)
     answered = [outcome for outcome in stored if outcome is not None and outcome.answered]
@@ -155,6 +151,7 @@ def _answer_task(
         unit="page",
         disable=processes.rank > 0 or not sys.stderr.isatty(),
     )
+    failures: list[str] = []  # said with the first answer: of a task without one, the error says enough
     # Closed here, the thread ends here. The garbage collector might wait for it in a place that cannot wait.
     with bar, closing(decoded_ahead(dataset, batches[processes.rank :: processes.world])) as own_batches:
         # Every rank takes part in every round, if only with an empty list: `gather` waits for all
@@ -169,9 +166,12 @@ def _answer_task(
                 outcomes[outcome.key] = outcome
                 totals.add(outcome)
                 if not outcome.answered:
-                    waiting.add(f"failed: {task.name} {outcome.id}: {outcome.error}")
+                    failures.append(printable(f"failed: {task.name} {outcome.id}: {outcome.error}"))
             if totals.counts["kv_bytes"]:
-                waiting.say()
+                say_notes()
+                for line in failures:
+                    bar.write(line, file=sys.stderr)
+                failures.clear()
             bar.set_postfix_str(str(totals), refresh=False)
             bar.update(len(new))
 
@@ -242,7 +242,7 @@ def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserErr
     """The outcome of a sample, scored unless the run is not to be scored."""
     types = list(sample.types)
     if isinstance(answer, UserError):
-        error = printable(str(answer))
+        error = printable(str(answer), 300)
         return Outcome(task=task.name, id=sample.id, index=sample.index, types=types, code=spec.code, error=error)
     prediction = answer.text.strip()
     logged = spec.log_samples
@@ -260,24 +260,6 @@ def _outcome(spec: RunSpec, task: Task, sample: Sample, answer: Answer | UserErr
         token_ids=list(answer.token_ids) if logged else None,
         cost=Cost.share(answer.stats, asked_together),
     )
-
-
-class _Lines:
-    """Lines for stderr that wait to be said."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.add(f"note: {text}")
-
-    def add(self, line: str) -> None:
-        self._lines.append(printable(line, 5000))  # a path may have 4096 characters
-
-    def say(self) -> None:
-        for line in self._lines:
-            tqdm.write(line, file=sys.stderr)  # beside the bar
-        self._lines.clear()
 
 
 class _RunningTotals:

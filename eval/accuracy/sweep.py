@@ -23,13 +23,12 @@ from eval.accuracy.processes import Processes
 from eval.accuracy.run_results import RunResults
 from eval.accuracy.runner import NothingAnswered, evaluate
 from eval.accuracy.tasks import TASKS
-from eval.accuracy.words import printable
 from eval.figures import can_draw, row_of_panels, save_figure
 from eval.json_files import write_json
 from minivlm.app import policy_flags
 from minivlm.app.cli import Parser, note
 from minivlm.cache.policies import PRESETS
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 from minivlm.files import exists, expect_writable, write_whole
 
 BUDGETS = (0.75, 0.5, 0.25, 0.1, 0.05)

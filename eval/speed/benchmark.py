@@ -50,8 +50,6 @@ def run_benchmark(arguments: Sequence[str]) -> None:
     device = model.lm_head.weight.device
     if args.largest_batch and device.type != "cuda":
         raise UserError("--largest_batch needs a GPU: a CPU starts swapping long before it runs out of memory")
-    for line in (line for candidate in candidates for line in candidate.notes):
-        note(line)
     if any(candidate.compiled for candidate in candidates) and (missing := missing_compiler(device)):
         note(f"everything runs eagerly: {missing}")
         candidates = [replace(candidate, compiled=False) for candidate in candidates]

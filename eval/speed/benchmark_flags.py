@@ -11,7 +11,7 @@ from pathlib import Path
 from eval.figures import expect_figure
 from eval.speed.shapes import SHAPES
 from minivlm.app import policy_flags
-from minivlm.app.cli import Parser
+from minivlm.app.cli import Parser, note
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError
 from minivlm.files import expect_writable
@@ -28,12 +28,11 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy to time: its label in the table, its settings, whether it runs compiled, what may surprise about it."""
+    """A policy to time: its label in the table, its settings, and whether it runs compiled."""
 
     label: str
     settings: CacheSettings
     compiled: bool
-    notes: Sequence[str] = ()
 
 
 def parse_benchmark(arguments: Sequence[str], description: str | None) -> tuple[argparse.Namespace, list[str]]:
@@ -159,5 +158,6 @@ def parse_candidate(text: str, cache_flags: Sequence[str], seed: int, compiled: 
     policy_flags.add_arguments(parser, words)
     _add_compile_flags(parser, default=compiled)
     args = parser.parse_args(words)
-    settings = policy_flags.from_args(args, seed)
-    return Candidate(label if colon else text, settings, args.compile, policy_flags.without_effect(args))
+    for line in policy_flags.without_effect(args):
+        note(line)
+    return Candidate(label if colon else text, policy_flags.from_args(args, seed), args.compile)

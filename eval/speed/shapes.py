@@ -7,9 +7,7 @@ places step after step; models with random weights do not.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 
 import weights
 from minivlm.errors import UserError
-from minivlm.files import is_folder
+from minivlm.files import is_folder, user_path
 from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
 from weights.build import read_config
@@ -108,21 +106,17 @@ def shape_config(shape: str) -> VLMConfig:
     """
     if shape in SHAPES:
         return VLMConfig.from_dict(SHAPES[shape])
-    folder = _folder(shape)
+    folder = user_path(shape)
     if not is_folder(folder):
         raise UserError(f"--shape {shape!r} is neither a checkpoint folder nor one of {', '.join(SHAPES)}")
     return read_config(folder)
-
-
-def _folder(shape: str) -> Path:
-    return Path(os.path.expanduser(shape))  # unlike Path's, it leaves the name of an unknown user as it is
 
 
 def make_model(shape: str, device: str, dtype: str, seed: int, random_weights: bool) -> Llava:
     """Load the checkpoint of a folder, or make a model of a shape with random weights."""
     config = shape_config(shape)
     if shape not in SHAPES and not random_weights:
-        return weights.load_model(_folder(shape), device=device, dtype=dtype)
+        return weights.load_model(user_path(shape), device=device, dtype=dtype)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device that torch can use")
     on_cuda = device != "cpu" and torch.cuda.is_available()

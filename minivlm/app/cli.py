@@ -15,7 +15,7 @@ from minivlm.app.policy_flags import given, spellings, without_effect
 from minivlm.app.streams import ErrorStream, OutputError, standard_streams
 from minivlm.app.values import READERS
 from minivlm.cache.settings import CacheSettings
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,13 +133,19 @@ def complain(error: Exception) -> None:
 def note(text: str) -> None:
     """Report in one line on stderr something that is not a mistake but may surprise the user.
 
-    In a command that has printed nothing yet, it waits until that has something to print.
+    In a command it waits until that prints something, or until `say_notes`.
     """
-    line = f"note: {' '.join(text.split())}\n"
+    line = f"note: {printable(text, 5000)}\n"  # a path may have 4096 characters
     if isinstance(sys.stderr, ErrorStream):
         sys.stderr.notes.append(line)
     else:
         sys.stderr.write(line)
+
+
+def say_notes() -> None:
+    """Say the notes that wait: from here on, a command is not refused any more."""
+    if isinstance(sys.stderr, ErrorStream):
+        sys.stderr.print_notes()
 
 
 def note_settings(settings: CacheSettings, args: argparse.Namespace, images: bool = True) -> None:

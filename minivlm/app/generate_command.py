@@ -39,8 +39,8 @@ def main(arguments: Sequence[str], load: Callable[..., VLM]) -> None:
         compile=args.compile,
         pad_to_square=args.pad_to_square,
     )
+    note_settings(settings, args, images=bool(images) or args.chat)
     if args.chat:
-        note_settings(settings, args)
         converse(vlm.chat(sampling=sampling, settings=settings), images, args.prompt, args.stats)
     else:
         answer_one(vlm, args, images, sampling, settings)
@@ -62,7 +62,6 @@ def answer_one(
         check_layer(args.overlay_layer, vlm.config.text.num_hidden_layers)
     recorder = Recorder() if args.overlay else None
     stream = vlm.stream(args.prompt, images, sampling=sampling, settings=settings, observer=recorder)
-    note_settings(settings, args, images=bool(images))  # now that the question is not refused
     interrupted = show(stream, args.stats)
     if recorder is not None:
         page = draw_overlay(

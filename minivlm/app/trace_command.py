@@ -129,10 +129,7 @@ def _read(file: TensorFile, name: str, dtypes: Sequence[str], expected: str, sha
     if name not in file.tensors:
         raise UserError(f"{file.path}: has no tensor {name!r}")
     stored = file.tensors[name]
-    fits = len(stored.shape) == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, stored.shape, strict=True)
-    )
-    if not fits or stored.dtype not in dtypes or not 0 < stored.nbytes <= _MAX_BYTES:
+    if not stored.fits(shape) or stored.dtype not in dtypes or not 0 < stored.nbytes <= _MAX_BYTES:
         raise UserError(f"{file.path}: {name} are {stored.dtype} {list(stored.shape)} (expected {expected})")
     return file.read(name)
 

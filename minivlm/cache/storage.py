@@ -241,7 +241,7 @@ class _Stored:
                 lengths[0],
                 capacity,
             ):
-                raise self._damaged(f"{name}")
+                raise self._damaged(name)
         return counts
 
     def _read(
@@ -254,12 +254,11 @@ class _Stored:
         """A tensor of the file, its `values` within these bounds; None in its shape stands for any size."""
         if name not in self.file.tensors:
             raise self._damaged(f"no tensor {name!r}")
-        actual = self.file.tensors[name].shape
-        fits = len(actual) == len(shape) and all(want in (None, have) for want, have in zip(shape, actual, strict=True))
-        # None is a number of positions or steps.
-        if not fits or max(actual) > max(self.cache.config.context_length, *(size or 0 for size in shape)):
+        stored = self.file.tensors[name]
+        most = max(self.cache.config.context_length, *(size or 0 for size in shape))  # None: positions or steps
+        if not stored.fits(shape) or max(stored.shape) > most:
             expected = ["any" if size is None else size for size in shape]
-            raise self._damaged(f"{name} has shape {list(actual)}, expected {expected}")
+            raise self._damaged(f"{name} has shape {list(stored.shape)}, expected {expected}")
         tensor = self.file.read(name)
         self.checksums[name] = checksum_of_tensor(tensor)
         if tensor.dtype != dtype:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 from minivlm.inputs.template_process import ProcessEnded, TemplateProcess
 from minivlm.inputs.template_sandbox import Template, TemplateFailure
 from minivlm.model.config import VLMConfig
@@ -148,9 +148,7 @@ class ChatTemplate:
         return "".join(image if part["type"] == "image" else part["text"] for part in parts)
 
     def _in_words(self, failure: TemplateFailure) -> UserError:
-        # A template chooses the words: they must not break the line or move a terminal's cursor.
-        words = " ".join(str(failure).split())[:200]
-        reason = "".join(character if character.isprintable() else "?" for character in words)
+        reason = printable(" ".join(str(failure).split()), 200)  # a template chooses the words
         return UserError(f"{self._name}: the chat template fails: {reason}")
 
 

@@ -136,9 +136,9 @@ def test_a_refusal_is_alone_and_notes_come_before_an_answer(capfd):
         cli.note("at the end")
 
     assert call(refuse) == Ran(2, "", "error: no\n")
-    assert call(answer) == Ran(0, "yes\n", "note: by the way\nnote: at the end\n")
+    assert call(answer) == Ran(0, "yes\n", "note: by\\nthe way\nnote: at the end\n")
     cli.run(answer, [])
-    assert capfd.readouterr() == ("workworkyes\n", "note: by the way\nnote: at the end\n")
+    assert capfd.readouterr() == ("workworkyes\n", "note: by\\nthe way\nnote: at the end\n")
 
 
 def test_notes_come_before_other_lines_of_standard_error():
@@ -155,7 +155,7 @@ def test_an_error_is_one_line_of_moderate_length():
 
     ran = call(fail)
     assert ran.status == 2 and ran.out == ""
-    assert ran.err.startswith("error: a\\nb\\r\\x1b[31m\\x00\\u2028\ud800 é xxx") and ran.err.count("\n") == 1
+    assert ran.err.startswith("error: a\\nb\\r\\x1b[31m\\x00\\u2028\\ud800 é xxx") and ran.err.count("\n") == 1
     assert len(ran.err) < 2000
 
 

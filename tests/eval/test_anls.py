@@ -7,15 +7,7 @@ import pytest
 
 from eval.accuracy.anls import anls, corpus_anls, levenshtein, mean, normalise
 from eval.accuracy.metrics import contains_match, exact_match, normalise_vqa, vqa_accuracy
-
-
-def plain_levenshtein(a, b):
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
+from plain_metrics import plain_levenshtein
 
 
 def plain_anls(prediction, answers):

@@ -9,20 +9,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import weights
 from eval.accuracy.compare import paired_bootstrap
 from eval.accuracy.results_page import write_results
-from eval_helpers import Reader, evaluate, write_checkpoint, write_docvqa
+from eval_helpers import evaluate, stub_run
 from minivlm.app import cli
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Flags of a run on ten questions, in a fresh folder, and the reader that answers."""
-    write_docvqa(tmp_path / "data", 10)
-    write_checkpoint(tmp_path / "model")
-    model = Reader()
-    monkeypatch.setattr(weights, "load", lambda *args, **kwargs: model)
+    model = stub_run(tmp_path, monkeypatch)
     flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--tasks", "docvqa_val"]
     return tmp_path, model, flags
 

@@ -10,7 +10,7 @@ import eval_helpers
 import weights
 from eval.accuracy import run_spec
 from eval.accuracy.run_names import policy_label, run_label
-from eval_helpers import Reader, read_run, truth, write_checkpoint, write_docvqa
+from eval_helpers import read_run, stub_run, truth
 from minivlm.app.policy_flags import load_policy_file
 from minivlm.cache.policies import preset
 from minivlm.errors import UserError
@@ -19,10 +19,7 @@ from minivlm.errors import UserError
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Ten questions, a checkpoint folder, and a reader that is loaded from it; the code is always the same."""
-    write_docvqa(tmp_path / "data", 10)
-    write_checkpoint(tmp_path / "model")
-    model = Reader()
-    monkeypatch.setattr(weights, "load", lambda *args, **kwargs: model)
+    model = stub_run(tmp_path, monkeypatch)
     monkeypatch.setattr(run_spec, "code_hash", lambda settings: "0" * 12)
     return tmp_path, model
 

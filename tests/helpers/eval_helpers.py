@@ -103,6 +103,15 @@ def write_checkpoint(folder):
     return folder
 
 
+def stub_run(folder, monkeypatch):
+    """Ten questions in `data`, a checkpoint folder `model`, and the reader that is loaded from it."""
+    write_docvqa(folder / "data", 10)
+    write_checkpoint(folder / "model")
+    model = Reader()
+    monkeypatch.setattr(weights, "load", lambda *args, **kwargs: model)
+    return model
+
+
 def read_run(output):
     """The only run under an output folder: its results without times, and its outcomes by index."""
     (path,) = Path(output).glob("*/results.json")

@@ -15,8 +15,7 @@ from eval.accuracy.tasks.docvqa import DOCVQA_TEST, DOCVQA_VAL
 from eval.accuracy.tasks.infovqa import INFOVQA_VAL
 from eval.accuracy.tasks.ocrbench import OCRBENCH
 from eval.accuracy.tasks.textvqa import TEXTVQA_VAL
-from eval.accuracy.words import printable
-from minivlm.errors import UserError
+from minivlm.errors import UserError, printable
 
 __all__ = ["GROUPS", "TASKS", "Task", "open_tasks"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from eval.accuracy.data import Dataset, download, read_docvqa_json
 from eval.accuracy.metrics import exact_match
 from eval.accuracy.parquet import read_parquet_files
 from eval.accuracy.records import OtherSplit, Sample
-from minivlm.files import exists, is_folder
+from minivlm.files import exists, is_folder, user_path
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -61,7 +60,7 @@ class Task:
         `seed` matters only if pages are drawn. Raises `OtherSplit` if the data are there but not
         this task's split, and `UserError` for anything else.
         """
-        place = Path(os.path.expanduser(data or self.hub))
+        place = user_path(data or self.hub)
         if not exists(place):
             place = download(data or self.hub, self.parquet)
         files = self.find(place) if is_folder(place) else place
