@@ -89,7 +89,7 @@ def refused(ran: Ran, *said: str) -> None:
     assert ran.out == "", ran
     assert ran.err.startswith("error: ") and ran.err.count("\n") == 1 and ran.err.endswith("\n"), ran.err
     for part in said:
-        assert str(part) in ran.err
+        assert str(part) in ran.err, ran
 
 
 def write_pages(folder: Path) -> list[Path]:
