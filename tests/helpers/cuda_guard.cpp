@@ -1,5 +1,6 @@
 // A CUDA device guard that does nothing, for a torch built without CUDA: what asks for the current device gets device 0.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/utils/device_lazy_init.h>
 
 namespace {
 
@@ -20,8 +21,10 @@ const Guard guard;
 
 }  // namespace
 
-// Put the guard into torch's registry, or take it out; whether it was there before.
+// Put the guard into torch's registry, or take it out; returns whether it was there before. While it is there, torch
+// takes CUDA for initialized; afterwards it asks `torch.cuda` again, which says why there is no device.
 extern "C" bool set_guard(bool present) {
+  torch::utils::set_requires_device_init(DeviceType::CUDA, !present);
   auto& registered = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)];
   return registered.exchange(present ? &guard : nullptr) != nullptr;
 }

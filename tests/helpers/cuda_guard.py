@@ -45,7 +45,7 @@ def _library(compiler: str) -> ctypes.CDLL:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "guard.so")
-        torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
+        torch_flags = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-ltorch_python"]
         command = [compiler, "-std=c++20", "-shared", "-fPIC", str(_SOURCE), "-o", str(library), *torch_flags]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
