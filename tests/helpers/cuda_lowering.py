@@ -3,8 +3,8 @@
     python tests/helpers/cuda_lowering.py --shape 7b --kind core --batch 8 --show
 
 A cache on a pretended card (cuda_card.py) is planned as for a real prompt, and its step is compiled as the library
-compiles it, up to inductor's code; nothing runs. For each combination of shape, batch and kind a JSON object is printed,
-or with `--show` something to read.
+compiles it, up to inductor's code; nothing runs. For each combination of shape, batch and kind it prints a JSON object
+on a line, or with `--show` something to read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 import cuda_code
 from cuda_card import CARDS, pretended
 from cuda_code import Launch, Stored
+from cuda_kernels import Kernel, kernel
 from eval.speed.shapes import SHAPES
 from minivlm.app import policy_flags
 from minivlm.cache.kv_cache import KVCache
@@ -218,39 +219,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=1, help="of 2, those of 1 are subtracted: launches per layer")
     parser.add_argument("--card", choices=CARDS, default="H100")
     parser.add_argument("--config", action="append", default=[], metavar="NAME=VALUE", help="an option of inductor")
+    parser.add_argument("--cubins", choices=("first", "all"), help="compile these configurations of each kernel")
     parser.add_argument("--code", type=Path, help="write inductor's code of the last one here")
     parser.add_argument("--show", action="store_true", help="something to read instead of JSON")
     policy_flags.add_arguments(parser)
     args = parser.parse_args(arguments)
     options = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in args.config)}
+    compiled = {None: 0, "first": 1, "all": None}[args.cubins]
     for shape, batch, kind in itertools.product(args.shape, args.batch, args.kind):
         task = Task(shape, kind, batch, policy_flags.from_args(args), args.layers)
         with pretended(CARDS[args.card]):
             lowering = lower(task, options)
             fewer = lower(replace(task, layers=task.layers - 1), options) if task.layers > 1 else None
+            sources = cuda_code.kernel_sources(lowering.code)
+            kernels = [kernel(name, source, compiled) for name, source in sources.items()]
         per_layer = len(lowering.launches) - len(fewer.launches) if fewer else None
         if args.code:
             args.code.write_text(lowering.code)
         if args.show:
-            print(f"{shape}, {kind}, batch {batch}, {task.layers} layers", shown(lowering, per_layer), "", sep="\n")
+            print(f"{shape}, {kind}, batch {batch}, {task.layers} layers", shown(lowering, per_layer), sep="\n")
+            print(*map(shown_kernel, kernels), "", sep="\n")
         else:
-            print(json.dumps(asdict(task) | asdict(lowering) | {"per_layer": per_layer}), flush=True)
+            more = {"per_layer": per_layer, "kernels": list(map(asdict, kernels))}
+            print(json.dumps(asdict(task) | asdict(lowering) | more), flush=True)
 
 
 def shown(lowering: Lowering, per_layer: int | None) -> str:
     """A lowering to read; the launches of the last layer are marked."""
-    last = range(
-        len(lowering.launches) - 2 - (per_layer or 0), len(lowering.launches) - 2
-    )  # before the norm and the head
+    end = len(lowering.launches) - 2  # before the last norm and the head
     lines = [
         f"reason against a CUDA graph: {lowering.refusal}",
         f"inputs that move: {lowering.moving}, written to: {lowering.moving_mutated}",
         f"launches: {len(lowering.launches)} {dict(lowering.sorts)}, {per_layer} of them for another layer",
     ]
     for i, launch in enumerate(lowering.launches):
-        mark = "*" if i in last else " "
+        mark = "*" if end - (per_layer or 0) <= i < end else " "
         lines.append(f"  {mark} {launch.sort:6} {launch.name}  ({', '.join(launch.arguments)})")
     lines += [f"    {each.device} {each.shape} {each.dtype}" for each in lowering.stored]
+    return "\n".join(lines)
+
+
+def shown_kernel(each: Kernel) -> str:
+    lines = [f"    {each.name}: {each.heuristic} {each.size_hints}"]
+    for config, build in itertools.zip_longest(each.configs, each.builds):
+        lines.append(f"        {config}")
+        if build is not None:
+            lines[-1] += f": {build.registers} registers, {build.spilled} bytes spilled, {build.shared} bytes shared"
     return "\n".join(lines)
 
 
