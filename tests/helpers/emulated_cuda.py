@@ -95,6 +95,7 @@ class EmulatedCuda(TorchDispatchMode):
         self._pinned: dict[int, Tensor] = {}  # by address; kept, so that no address is given away again
         self._under_way: list[_Copy] = []
         self._finished = 0  # copies that are under way no longer
+        self._generators: dict[int, torch.Generator] = {}  # the device's, by address; kept as well
         self._undo = ExitStack()
 
     def __enter__(self) -> EmulatedCuda:
@@ -105,7 +106,7 @@ class EmulatedCuda(TorchDispatchMode):
             torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda"): on the CPU, then copied
             undo.callback(set_overwrite, torch.__future__.get_overwrite_module_params_on_conversion())
             set_overwrite(True)  # `module.to("cuda")` makes new parameters; the old ones cannot become `DeviceTensor`
-            undo.enter_context(mock.patch.object(torch, "Generator", _Generator))
+            undo.enter_context(mock.patch.object(torch, "Generator", self._generator_class()))
             for name, stub in self._stubs().items():
                 undo.enter_context(mock.patch.object(torch.cuda, name, stub))
             super().__enter__()
@@ -143,6 +144,26 @@ class EmulatedCuda(TorchDispatchMode):
             "Event": Event,
         }
 
+    def _generator_class(self) -> type:
+        """What takes the place of `torch.Generator`: on the device it draws what one on the CPU draws."""
+        on_device = self._generators
+
+        class Generator(torch.Generator):
+            def __new__(cls, device: torch.device | str = "cpu") -> Generator:
+                out = super().__new__(cls, "cpu")
+                if torch.device(device).type == "cuda":
+                    on_device[out._cdata] = out
+                return out
+
+            def __init__(self, device: torch.device | str = "cpu") -> None:
+                pass
+
+            @property
+            def device(self) -> torch.device:
+                return CUDA if self._cdata in on_device else CPU
+
+        return Generator
+
     # --- operations --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,7 +174,9 @@ class EmulatedCuda(TorchDispatchMode):
         device = kwargs.get("device")
         to_device = on_device if device is None else torch.device(device).type == "cuda"
         if to_device and func not in _COPIES:
-            _refuse_mixed(func, args, operands, [leaf for leaf in leaves if isinstance(leaf, torch.Generator)])
+            _refuse_mixed(func, args, operands)
+            if any(isinstance(leaf, torch._C.Generator) and leaf._cdata not in self._generators for leaf in leaves):
+                raise MixedDevices(f"{running_line()}: {func} with a generator on the host")
         if on_device and (reason := waits_for(func, args, kwargs)) is not None:
             self._wait(reason)
 
@@ -227,25 +250,7 @@ class EmulatedCuda(TorchDispatchMode):
         self._finished += copies
 
 
-class _Generator(torch.Generator):
-    """A generator that says it is on the device, and draws what one on the CPU draws."""
-
-    says: torch.device
-
-    def __new__(cls, device: torch.device | str = "cpu") -> _Generator:
-        out = super().__new__(cls, "cpu")
-        out.says = torch.device(device)
-        return out
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        pass
-
-    @property
-    def device(self) -> torch.device:
-        return self.says
-
-
-def _refuse_mixed(func: Any, args: Any, operands: list[Tensor], generators: list[torch.Generator]) -> None:
+def _refuse_mixed(func: Any, args: Any, operands: list[Tensor]) -> None:
     """Raise `MixedDevices` if an operation of the device has operands on the host that CUDA does not take."""
     taken: list[Tensor] = []  # what CUDA copies to the device: indices, and a number to be set
     if func in INDEXING:
@@ -257,10 +262,9 @@ def _refuse_mixed(func: Any, args: Any, operands: list[Tensor], generators: list
         and not any(operand is each for each in taken)
         and not (operand.dim() == 0 and torch.Tag.pointwise in func.tags)
     ]
-    if on_host or any(generator.device.type == "cpu" for generator in generators):
-        given = [f"{operand.device.type} {list(operand.shape)}" for operand in operands]
-        given += [f"a generator on {generator.device.type}" for generator in generators]
-        raise MixedDevices(f"{running_line()}: {func} of {', '.join(given)}")
+    if on_host:
+        given = ", ".join(f"{operand.device.type} {list(operand.shape)}" for operand in operands)
+        raise MixedDevices(f"{running_line()}: {func} of {given}")
 
 
 def _leaves(value: Any) -> Iterator[Any]:
