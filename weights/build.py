@@ -1,7 +1,7 @@
 """From a checkpoint folder to a model that answers.
 
 The modules are created on the meta device, which takes no memory. Then every parameter is allocated
-once, in its final dtype on its final device, and filled from the file. Peak memory is therefore the
+once, in its final dtype on its final device, and filled from the files. Peak memory is therefore the
 weights in that dtype plus a staging buffer of fixed size.
 """
 
@@ -24,7 +24,7 @@ from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
 from minivlm.schema import read_json, read_optional_json
 from weights.find import find_checkpoint
-from weights.layout import match
+from weights.layout import by_canonical_name, match
 from weights.read import fill, read_headers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,15 +77,16 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
     config = read_config(folder)
     final_dtype = _dtype(dtype, config, target)
 
-    # 1) Build the modules without memory, and find each parameter's tensor on disk.
+    # 1) Build the modules without memory, and find on disk what their parameters hold.
     with torch.device("meta"):
         model = Llava(config).to(final_dtype)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(t.shape) for name, t in by_canonical_name(parameters, config.text).items()}
     stored = match(read_headers(folder), shapes, config, folder)
 
     # 2) Check that the weights fit. On Linux, allocating too much would not fail; the process would
     #    be killed later.
-    needed = sum(parameter.nbytes for parameter in model.parameters())
+    needed = sum(parameter.nbytes for parameter in parameters.values())
     free = _free_bytes(target)
     if free is not None and needed > free:
         raise UserError(
@@ -95,14 +96,14 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto", progr
 
     # 3) Allocate the parameters, fill them from the files and put them into the modules.
     try:
-        filled = {name: torch.empty(shape, dtype=final_dtype, device=target) for name, shape in shapes.items()}
+        filled = {name: torch.empty(p.shape, dtype=p.dtype, device=target) for name, p in parameters.items()}
     except RuntimeError as error:  # a limit on the process, or another process that was faster
         words = str(error).splitlines()[0]
         raise UserError(f"{folder}: the weights take {needed / 1e6:,.2f} MB, {target} has less ({words})") from None
     total = sum(tensor.nbytes for tensor in stored.values())
     quiet = None if progress and total > _LARGE else True  # None: quiet unless stderr is a terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {folder.name}", disable=quiet) as bar:
-        fill(((stored[name], filled[name]) for name in shapes), bar.update)
+        fill(((stored[name], t) for name, t in by_canonical_name(filled, config.text).items()), bar.update)
     model.load_state_dict(filled, assign=True)
     return model.requires_grad_(False).eval()
 

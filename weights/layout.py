@@ -2,7 +2,9 @@
 
 Checkpoints name their tensors in three ways, the key layouts: (a) the hub's, (b) the module names
 of transformers since 4.52, and (c) what transformers 5 saves, which is (a) with a shorter prefix
-for the vision tower. They differ from ours in prefixes only.
+for the vision tower. Without their prefixes, names are called canonical here. They are those of
+our parameters, except that some of our matrices hold several of a checkpoint's, one below the other
+(`part_rows`).
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from minivlm.errors import UserError
-from minivlm.model.config import VLMConfig
+from minivlm.model.config import TextConfig, VLMConfig
 from minivlm.tensor_files import StoredTensor
 from weights.read import DTYPES
 
@@ -30,21 +34,48 @@ _SHOWN = 4  # names that a message lists
 
 
 def canonical(name: str) -> str:
-    """The model's name for a tensor on disk."""
+    """The canonical name of a tensor on disk."""
     for prefix, ours in _PREFIXES:
         if name.startswith(prefix):
             return ours + name[len(prefix) :]
     return name
 
 
+def part_rows(name: str, text: TextConfig) -> dict[str, int]:
+    """The canonical names of the matrices that one of the model's parameters holds, and the rows of each, in order.
+
+    Empty for a parameter that is a tensor of the checkpoint as it is.
+    """
+    q, kv = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    fused = {
+        "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
+        "gate_up_proj": {"gate_proj": text.intermediate_size, "up_proj": text.intermediate_size},
+    }
+    for module, parts in fused.items():
+        if name.endswith(f".{module}.weight"):
+            return {name.replace(module, part): rows for part, rows in parts.items()}
+    return {}
+
+
+def by_canonical_name(parameters: Mapping[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
+    """The model's parameters, or tensors like them, as a checkpoint has them: views, which share their memory."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if rows := part_rows(name, text):
+            tensors |= zip(rows, parameter.split(list(rows.values())), strict=True)
+        else:
+            tensors[name] = parameter
+    return tensors
+
+
 def match(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], config: VLMConfig, folder: Path
 ) -> dict[str, StoredTensor]:
-    """Find the tensor on disk for each of the model's parameters.
+    """Find the tensor on disk for each tensor that the model needs.
 
-    `stored` are the tensors on disk and `expected` the shapes of the parameters, each by name. The
-    result has the names of `expected`. Buffers, and parts of the vision tower that are never used,
-    are left out.
+    `stored` are the tensors on disk, and `expected` the shapes of those that are needed, by
+    canonical name, which the result has as well. Buffers, and parts of the vision tower that are
+    never used, are left out.
 
     Raises `UserError`, naming the tensors, for any that are missing, unexpected or there twice, and
     for a wrong shape or a dtype other than float32, float16 or bfloat16.

@@ -23,6 +23,7 @@ from eval.speed.shapes import Prompts
 from minivlm.cache.state import StepKind
 from minivlm.model.config import TextConfig
 from minivlm.model.llava import Llava
+from weights.layout import by_canonical_name
 
 VARIANTS = ("", "static")
 
@@ -132,7 +133,7 @@ def _shared_decoder(model: Llava) -> LlamaForCausalLM:
         decoder = LlamaForCausalLM(config)
     parameters = {
         name.replace("language_model.", "model.", 1): parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in by_canonical_name(model.state_dict(), model.config.text).items()
         if name.startswith(("language_model.", "lm_head."))
     }
     decoder.load_state_dict(parameters, assign=True)

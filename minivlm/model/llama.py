@@ -1,7 +1,9 @@
 """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Touvron et al. 2023 (arXiv 2302.13971); Mistral has the same architecture. Modules are named as in
-Hugging Face checkpoints, so that loading one only renames prefixes.
+Hugging Face checkpoints, with two exceptions. `qkv_proj` is q_proj, k_proj and v_proj in one, and
+`gate_up_proj` is gate_proj and up_proj, since one large product is faster than several small ones.
+`weights/layout.py` knows which of their rows are which.
 
 The decoder does not know how keys and values are kept. Each layer hands q, k, v to a cache (`Cache`
 below) and gets the attention output back. After each layer it asks the cache which tokens go on to
@@ -74,36 +76,36 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)  # q, k, v
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, S, D] and keys, and values, both [B, H_kv, S, D], of x [B, S, C]."""
-        batch, length, _ = x.shape
-        heads = (batch, length, -1, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, S, D]
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # [B, H_kv, S, D]
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        return rotate(q, rope), rotate(k, rope), v
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 * H_kv, S, D]
+        q, k, v = qkv.split(self.heads, dim=1)
+        # The values get memory of their own: a view would keep all of `qkv` alive during attention.
+        return rotate(q, rope), rotate(k, rope), v.contiguous()
 
     def merge(self, out: Tensor) -> Tensor:
         """The output projection of all heads together: [B, H, S, D] -> [B, S, C]."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of their concatenation: [..., 2 * I] -> [..., I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)  # in place, because this is where memory peaks
+
+
 class MLP(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
 
 from demo_training.model import CONFIG, MEAN, STD
 from demo_training.text import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS
 from eval.demo import pages
 from minivlm.errors import UserError
 from minivlm.files import exists, is_folder, make_folder
+from minivlm.model.llava import Llava
+from weights.layout import by_canonical_name
 
 _PREFIXES = {
     "language_model.": "language_model.model.",
@@ -36,10 +37,10 @@ _EXAMPLES = (
 )
 
 
-def hub_tensors(llava: nn.Module, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def hub_tensors(llava: Llava, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
     """The state dict under the names that LLaVA-NeXT checkpoints have on the hub."""
     renamed = {}
-    for name, tensor in llava.state_dict().items():
+    for name, tensor in by_canonical_name(llava.state_dict(), llava.config.text).items():
         for ours, theirs in _PREFIXES.items():
             if name.startswith(ours):
                 name = theirs + name.removeprefix(ours)
@@ -131,7 +132,7 @@ def check_target(out: Path) -> None:
         raise UserError(f"{out}: holds something else than a checkpoint (expected a new folder, or one to replace)")
 
 
-def export(llava: nn.Module, tokenizer: Tokenizer, out: Path) -> None:
+def export(llava: Llava, tokenizer: Tokenizer, out: Path) -> None:
     """Write the folder `out`. The README.md of an existing one is kept.
 
     The new folder is written beside it and then takes its place, so that `out` is always complete.

@@ -17,7 +17,7 @@ from demo_training.batches import CHARS, FIELDS, IGNORE, OFFSETS, Batch
 from demo_training.text import BOS, EOS, IMAGE, PAD, VOCAB_SIZE
 from minivlm.model import anyres
 from minivlm.model.config import VLMConfig
-from minivlm.model.llama import rope_table, rotate
+from minivlm.model.llama import rope_table
 from minivlm.model.llava import Llava
 
 LAYERS, FIELD_LAYER, POINTER_LAYER, POINTER_HEAD = 6, 2, 3, 0
@@ -233,18 +233,9 @@ class DemoTrainer(nn.Module):
         layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], attention: _PackedAttention
     ) -> Tensor:
         """Run the last layer for the text tokens only: nothing reads its image tokens."""
-        projections = layer.self_attn
         length = attention.mask.shape[2]
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
-
-        x = layer.input_layernorm(hidden)
-        cos, sin = rope
-        text_rope = cos[:, :, -length:], sin[:, :, -length:]
-        q = rotate(heads(projections.q_proj(x[:, -length:])), text_rope)
-        k = rotate(heads(projections.k_proj(x)), rope)
-        out = attention.attend(layer.layer_idx, q, k, heads(projections.v_proj(x)))
+        q, k, v = layer.before(hidden, rope)
+        out = attention.attend(layer.layer_idx, q[:, :, -length:], k, v)
         return layer.after(hidden[:, -length:], out)
 
 

@@ -11,7 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from demo_training.model import DemoTrainer
+from weights.layout import part_rows
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -27,7 +30,11 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised. Matrices of the same shape are processed together."""
+    """Nesterov momentum, orthogonalised. Matrices of the same shape are processed together.
+
+    A group's key "rows" has the numbers of rows of the matrices that are one below the other in each
+    of its parameters. If it is empty, a parameter is one matrix.
+    """
 
     def __init__(self, groups: Iterable[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -38,28 +45,38 @@ class Muon(torch.optim.Optimizer):
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
-                updates = []
-                for p in params:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]))
+                    update = p.grad.lerp(momentum, group["momentum"])
+                    rows = group["rows"] or (len(p),)
+                    for pair in zip(p.split(rows), update.split(rows), strict=True):
+                        by_shape[pair[0].shape].append(pair)
+            for shape, pairs in by_shape.items():
+                matrices, updates = zip(*pairs, strict=True)
                 scale = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
+                for matrix, update in zip(matrices, orthogonalise(torch.stack(updates)), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
 
 
-def build_optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
+def build_optimisers(model: DemoTrainer) -> list[torch.optim.Optimizer]:
     """Muon and AdamW for a model.
 
     A group's key "tower" says whether it belongs to the vision tower.
     """
-    groups = {(muon, tower): [] for muon in (True, False) for tower in (True, False)}
+    matrices, rest = defaultdict(list), defaultdict(list)
     for name, p in model.named_parameters():
-        groups[p.ndim == 2 and ".layers." in name, "vision_tower" in name].append(p)
-    sets = [[dict(params=groups[muon, tower], tower=tower) for tower in (True, False)] for muon in (True, False)]
+        tower = "vision_tower" in name
+        if p.ndim == 2 and ".layers." in name:
+            matrices[tower, tuple(part_rows(name, model.config.text).values())].append(p)
+        else:
+            rest[tower].append(p)
     return [
-        Muon(sets[0], lr=1e-3),
-        torch.optim.AdamW(sets[1], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        Muon([dict(params=params, tower=tower, rows=rows) for (tower, rows), params in matrices.items()], lr=1e-3),
+        torch.optim.AdamW(
+            [dict(params=params, tower=tower) for tower, params in rest.items()],
+            lr=1e-3,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            fused=True,
+        ),
     ]

@@ -14,6 +14,7 @@ from avl_cases import ALL_PARTS, Case, prefill_reference, random_case, run_refer
 from avl_reference import SYSTEM, TEXT, VISION, Reference, Settings
 from cache_helpers import MARGIN
 from golden_helpers import TRACES, expand_ids, load_inputs, load_model, load_trace
+from weights.layout import by_canonical_name
 
 golden_model = functools.cache(load_model)
 
@@ -178,11 +179,11 @@ def test_settings_with_the_same_meaning() -> None:
 def test_layer_decisions_average_over_all_query_heads() -> None:
     """Two forms of one model choose alike: key/value heads that a group shares, or repeated for each query head."""
     grouped, repeated = tiny_model(3, heads=(6, 2)), tiny_model(3, heads=(6, 6))
-    weights = grouped.state_dict()
-    for name in weights:
+    theirs = by_canonical_name(repeated.state_dict(), repeated.config.text)
+    for name, weight in by_canonical_name(grouped.state_dict(), grouped.config.text).items():
         if name.startswith("language_model") and ("k_proj" in name or "v_proj" in name):
-            weights[name] = weights[name].unflatten(0, (2, -1)).repeat_interleave(3, dim=0).flatten(0, 1)
-    repeated.load_state_dict(weights)
+            weight = weight.unflatten(0, (2, -1)).repeat_interleave(3, dim=0).flatten(0, 1)
+        theirs[name].copy_(weight)
     settings = replace(ALL_PARTS, text=None, score_window=4)
     refs = [prefill_reference(settings, "ss" + "v" * 30 + "t" * 6, model) for model in (grouped, repeated)]
     assert refs[0].generate(10) == refs[1].generate(10)

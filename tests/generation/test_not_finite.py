@@ -44,7 +44,7 @@ STAGES = {
     "vision_tower.encoder.layers.1.mlp.fc1.weight": "layer 1 of the vision tower",
     "multi_modal_projector.linear_2.weight": "the projector",
     "image_newline": "the image features (image_newline)",
-    "language_model.layers.0.self_attn.k_proj.weight": "layer 0 of the decoder",
+    "language_model.layers.0.self_attn.qkv_proj.weight": "layer 0 of the decoder",
     "language_model.layers.2.mlp.down_proj.weight": "layer 2 of the decoder",
     "language_model.norm.weight": "the decoder's last norm",
     "lm_head.weight": "the head that gives the logits",
@@ -61,7 +61,7 @@ def test_weights_that_hold_nan_are_named(vlm, pages, name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_under_every_policy(vlm, pages, name):
-    with broken(vlm.model.language_model.layers[1].mlp.up_proj.weight, NAN):
+    with broken(vlm.model.language_model.layers[1].mlp.gate_up_proj.weight, NAN):
         ask = dict(sampling=Sampling(4, temperature=0.7, top_p=0.9), settings=POLICIES[name])
         assert "the weights of layer 1 of the decoder" in complaint(lambda: vlm.ask(QUESTION, pages[:1], **ask))
 
@@ -81,7 +81,7 @@ def test_an_overflow_names_its_layer(tmp_path, pages, dtype, remedy, layer_idx):
 
 def test_weights_too_large_for_float16(tmp_path, pages):
     vlm = endless_vlm(tmp_path)
-    vlm.model.language_model.layers[1].mlp.up_proj.weight.data[0] = 1e6
+    vlm.model.language_model.layers[1].mlp.gate_up_proj.weight.data[0] = 1e6
     half = VLM(vlm.model.half(), vlm.processor)
     said = "the weights of layer 1 of the decoder hold infinity in float16 (expected dtype bfloat16 or float32)"
     assert complaint(lambda: half.ask(QUESTION, pages[:1])) == said
@@ -139,7 +139,7 @@ def begun(vlm: VLM, pages: list[Path], name: str) -> Conversation:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_turn_whose_prefill_fails_is_forgotten(vlm, pages, name):
     conversation = begun(vlm, pages, name)
-    with broken(vlm.model.language_model.layers[0].mlp.up_proj.weight, NAN):
+    with broken(vlm.model.language_model.layers[0].mlp.gate_up_proj.weight, NAN):
         assert "layer 0 of the decoder" in complaint(lambda: conversation.ask("And?"))
     assert len(conversation.messages) == 2
     stream = conversation.ask("And?")

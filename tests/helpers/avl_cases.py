@@ -19,6 +19,7 @@ from torch import Tensor
 from avl_reference import Reference, Settings
 from minivlm.model.config import TextConfig, VisionConfig, VLMConfig
 from minivlm.model.llava import Llava
+from weights.layout import by_canonical_name
 
 HEADS = ((2, 2), (4, 4), (4, 2), (4, 1), (6, 2))  # query heads, key/value heads
 IMAGE_TOKEN = 47  # the last of the vocabulary
@@ -117,7 +118,7 @@ def tiny_model(
     )
     model = Llava(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
+    for name, weight in by_canonical_name(model.state_dict(), text).items():
         if weight.ndim < 2:
             weight.uniform_(0.5, 1.5, generator=generator)
         elif "embed_tokens" in name:

@@ -396,9 +396,10 @@ class Reference:
         layer = self.layers[layer_idx]
         head_dim = self.config.head_dim
         x = self._norm(block.input_layernorm, hidden)
+        heads = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.num_key_value_heads
         q, k, v = (
-            F.linear(x, proj.weight).view(len(queries), -1, head_dim).transpose(0, 1)  # [H or H_kv, S, D]
-            for proj in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+            F.linear(x, weight).view(len(queries), -1, head_dim).transpose(0, 1)  # [H or H_kv, S, D]
+            for weight in block.self_attn.qkv_proj.weight.split([count * head_dim for count in heads])
         )
         positions = torch.tensor(queries)
         q, k = self._rotate(q, positions), self._rotate(k, positions)
@@ -419,9 +420,9 @@ class Reference:
         merged = torch.cat(out).transpose(0, 1).reshape(len(queries), -1)  # [S, H * D]
         hidden = hidden + F.linear(merged, block.self_attn.o_proj.weight)
         x = self._norm(block.post_attention_layernorm, hidden)
-        mlp = block.mlp
-        x = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
-        return hidden + F.linear(x, mlp.down_proj.weight), Attention(queries, columns, weights)
+        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
+        x = F.silu(F.linear(x, gate)) * F.linear(x, up)
+        return hidden + F.linear(x, block.mlp.down_proj.weight), Attention(queries, columns, weights)
 
     @property
     def _wide(self) -> torch.dtype:

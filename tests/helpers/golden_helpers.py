@@ -11,6 +11,7 @@ from torch import Tensor
 from minivlm.model.config import VLMConfig
 from minivlm.model.llava import Llava
 from paths import GOLDEN
+from weights.layout import by_canonical_name
 
 MODELS = sorted(path.parent.name for path in GOLDEN.glob("*/index.json"))
 TRACES = [(model, path.stem) for model in MODELS for path in sorted((GOLDEN / model / "golden").glob("*.json"))]
@@ -26,11 +27,12 @@ def load_model(name: str) -> Llava:
     """The golden model, in float32."""
     folder = GOLDEN / name / "model"
     model = Llava(VLMConfig.from_dict(json.loads((folder / "config.json").read_text())))
-    expected = model.state_dict().keys()
+    ours = by_canonical_name(model.state_dict(), model.config.text)
     tensors = {_our_name(key): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
     # The file also has the parts of the tower that come after the feature layer, which our tower does not build.
-    skipped = {key for key in tensors.keys() - expected if key.startswith(_UNUSED)}
-    model.load_state_dict({key: tensor for key, tensor in tensors.items() if key not in skipped})
+    assert all(key.startswith(_UNUSED) for key in tensors.keys() - ours)
+    for key, tensor in ours.items():
+        tensor.copy_(tensors[key])
     return model.eval()
 
 

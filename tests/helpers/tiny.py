@@ -134,13 +134,13 @@ def make_config(
 
 
 def make_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor that transformers saves for `config`, in float32, under its name in `minivlm.model.llava.Llava`."""
+    """Every tensor that transformers saves for `config`, in float32, by its canonical name (see weights/layout.py)."""
     generator = torch.Generator().manual_seed(seed)
     return {name: _random(name, shape, generator) for name, shape in shapes(config)}
 
 
 def on_disk(name: str, layout: str) -> str:
-    """The name that a tensor of `minivlm.model.llava.Llava` has in a checkpoint of the given layout."""
+    """The name that the tensor of this canonical name has in a checkpoint of the given layout."""
     for ours, theirs in _PREFIXES[layout].items():
         if name.startswith(ours):
             return theirs + name[len(ours) :]
@@ -252,7 +252,7 @@ Shape = tuple[str, tuple[int, ...]]  # the name of a tensor, and its shape
 
 
 def shapes(config: dict) -> Iterator[Shape]:
-    """The shape of every tensor that transformers saves, with its name in `minivlm.model.llava.Llava`."""
+    """The shape of every tensor that transformers saves, with its canonical name."""
     yield from _tower_shapes(config["vision_config"])
     layers = config["vision_feature_layer"]
     num_features = len(layers) if isinstance(layers, list) else 1

@@ -16,6 +16,7 @@ from demo_training import command, loop, text
 from demo_training.batches import IGNORE, PatchMap, draw_batch, page_tiles
 from demo_training.export import export
 from demo_training.model import DemoTrainer
+from demo_training.optim import Muon, build_optimisers
 from eval.demo import pages
 from minivlm.generation.sampling import Sampling
 from minivlm.model import anyres
@@ -164,6 +165,29 @@ def test_a_run_resumes_where_it_stopped(tmp_path, monkeypatch):
     assert all(state) and all("momentum" in s for s in state[0].values())
     again.train(1, 9.0, 1, 1e-3, 1e-3)  # a stage that is over is not repeated
     assert again.steps == run.steps
+
+
+def test_muon_takes_the_parts_of_a_matrix_apart():
+    """q, k and v are one parameter, but three matrices to be orthogonalised."""
+    generator = torch.Generator().manual_seed(0)
+    rows = (24, 8, 8)
+    whole = torch.nn.Parameter(torch.randn(sum(rows), 16, generator=generator))
+    whole.grad = torch.randn(sum(rows), 16, generator=generator)
+    parts = [torch.nn.Parameter(part.detach().clone()) for part in whole.split(rows)]
+    for part, grad in zip(parts, whole.grad.split(rows), strict=True):
+        part.grad = grad.clone()
+    together, apart = Muon([dict(params=[whole], rows=rows)], lr=0.1), Muon([dict(params=parts, rows=())], lr=0.1)
+    for _ in range(3):
+        together.step()
+        apart.step()
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_every_parameter_is_in_one_group(trainer):
+    muon, adam = build_optimisers(trainer)
+    grouped = [p for optimiser in (muon, adam) for group in optimiser.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, trainer.parameters()))
+    assert {group["rows"] for group in muon.param_groups} == {(), (192, 64, 64), (512, 512)}
 
 
 def test_schedules():

@@ -18,8 +18,10 @@ import weights.build
 import weights.read
 from minivlm import Sampling, UserError
 from minivlm.model.config import VLMConfig
+from minivlm.model.llava import Llava
 from paths import ROOT
 from weights import find_checkpoint, load, load_model
+from weights.layout import by_canonical_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -43,6 +45,10 @@ def refused(call, *said: str) -> None:
     assert "\n" not in message
     for part in said:
         assert part in message
+
+
+def canonical_tensors(model: Llava) -> dict[str, torch.Tensor]:
+    return by_canonical_name(model.state_dict(), model.config.text)
 
 
 def edit_json(path: Path, change) -> None:
@@ -74,10 +80,29 @@ def test_every_parameter_arrives(tmp_path, family, layout, shards, generation):
     folder = tiny.write(tmp_path / "model", family, layout=layout, shards=shards, generation=generation, seed=3)
     model = load_model(folder, device="cpu")
     written = tiny.make_tensors(tiny.make_config(family), seed=3)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, written[name]), name
-        assert not parameter.requires_grad and parameter.device.type == "cpu"
+    for name, tensor in canonical_tensors(model).items():
+        assert torch.equal(tensor, written[name]), name
+    assert all(not p.requires_grad and p.device.type == "cpu" for p in model.parameters())
     assert not model.training
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_checkpoint_s_tensors_are_the_model_s_memory(tmp_path, kv_heads):
+    """Each once, one after the other, and nothing besides: so loading and sharing them takes no second copy."""
+    model = load_model(tiny.write(tmp_path / "model", kv_heads=kv_heads), device="cpu")
+    tensors = canonical_tensors(model)
+    layer = "language_model.layers.1"
+    attention, mlp = model.language_model.layers[1].self_attn, model.language_model.layers[1].mlp
+    for parameter, parts in (
+        (attention.qkv_proj.weight, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        (mlp.gate_up_proj.weight, ["mlp.gate_proj", "mlp.up_proj"]),
+    ):
+        address = parameter.data_ptr()
+        for part in parts:
+            assert tensors[f"{layer}.{part}.weight"].data_ptr() == address
+            address += tensors[f"{layer}.{part}.weight"].nbytes
+        assert address == parameter.data_ptr() + parameter.nbytes
+    assert sum(tensor.nbytes for tensor in tensors.values()) == sum(p.nbytes for p in model.parameters())
 
 
 def test_both_config_generations_say_the_same():
@@ -92,9 +117,9 @@ def test_dtypes_convert_as_torch_does(tmp_path, monkeypatch, stored, wanted):
     monkeypatch.setattr(weights.read, "_STAGE", 1000)  # so that most tensors take several reads
     folder = tiny.write(tmp_path / "model", dtype=stored)
     model = load_model(folder, device="cpu", dtype=wanted)
-    for name, tensor in tiny.make_tensors(tiny.make_config("next-vicuna")).items():
-        if name in model.state_dict():
-            assert torch.equal(model.state_dict()[name], tensor.to(stored).to(getattr(torch, wanted))), name
+    written = tiny.make_tensors(tiny.make_config("next-vicuna"))
+    for name, tensor in canonical_tensors(model).items():
+        assert torch.equal(tensor, written[name].to(stored).to(getattr(torch, wanted))), name
 
 
 def test_auto_is_float32_on_the_cpu(tmp_path):
@@ -298,6 +323,34 @@ def test_wrong_dtype(single, dtype, said):
 def test_wrong_shape(single):
     edit_tensors(single / SINGLE, lambda tensors: tensors.update(image_newline=torch.zeros(63)))
     refused(lambda: load_model(single), "image_newline", "[63]", "[64]")
+
+
+@pytest.mark.parametrize("part, rows", [("self_attn.k_proj", 32), ("self_attn.q_proj", 64), ("mlp.up_proj", 96)])
+def test_parts_of_one_matrix_are_named_as_on_disk(single, part, rows):
+    """The decoder has q, k and v in one matrix, and gate and up in another; a checkpoint does not."""
+    name = f"layers.1.{part}.weight"
+    on_disk = f"language_model.model.{name}"
+    tensors = load_file(single / SINGLE)
+    one_more = torch.zeros(rows + 1, 64)
+    for changed, *said in (
+        ({on_disk: one_more}, f"{on_disk} has shape [{rows + 1}, 64], config.json asks for [{rows}, 64]"),
+        ({on_disk: None}, f"missing 1: language_model.{name}"),
+        ({f"model.language_model.{name}": tensors[on_disk].clone()}, on_disk, f"model.language_model.{name}", "same"),
+    ):
+        save_file({key: t for key, t in (tensors | changed).items() if t is not None}, single / SINGLE)
+        refused(lambda: load_model(single), *said)
+
+
+def test_a_checkpoint_with_our_names_is_no_hugging_face_checkpoint(single):
+    def change(tensors):
+        layer = "language_model.model.layers.0.mlp"
+        parts = [tensors.pop(f"{layer}.{part}_proj.weight") for part in ("gate", "up")]
+        tensors[f"{layer}.gate_up_proj.weight"] = torch.cat(parts)
+
+    edit_tensors(single / SINGLE, change)
+    refused(
+        lambda: load_model(single), "missing 2: ", "mlp.gate_proj.weight", "unexpected 1: ", "mlp.gate_up_proj.weight"
+    )
 
 
 def test_missing_and_left_over(single):
