@@ -34,7 +34,7 @@ def concordance(attn: Tensor, share: float) -> Tensor:
     count = int(share * attn.shape[-1])
     if count < 1:
         raise UserError(f"the top {share:g} of {attn.shape[-1]} vision tokens is not a single one")
-    best = best_first(attn.float(), torch.arange(attn.shape[-1]))[..., :count]
+    best = best_first(attn.float())[..., :count]
     top = torch.zeros(attn.shape).scatter(-1, best, 1.0)
     return top @ top.mT / count
 

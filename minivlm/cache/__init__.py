@@ -43,8 +43,9 @@ Files, in the order to read them:
 policy.py         what a policy may decide: the contract
 counts.py         what the host knows of a row, as integers
 slots.py          where entries stand: slot arithmetic
-buffers.py        the tensors of one layer, and the choice of cores
+buffers.py        the tensors of one layer
 state.py          what a cache consists of
+cores.py          the choice of cores, and the list of their slots
 prefill_pass.py   a prefill: attend, score, choose, compact (one row in one layer: columns.py)
 decode_pass.py    a decode step: write, attend, evict
 kv_cache.py       the cache's life in turns and steps

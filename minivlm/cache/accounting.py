@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.ranking import best_first
+from minivlm.transfer import to_device
 
 ENTRY_CLASSES = ("system", "vision core", "vision secondary", "text")
 
@@ -16,9 +19,10 @@ def entry_bytes(cache: KVCache) -> int:
     return 2 * cache.config.num_key_value_heads * cache.config.head_dim * cache.layers[0].k.element_size()
 
 
-def full_bytes(cache: KVCache) -> int:
-    """Bytes of the entries that the full cache would hold now."""
-    tokens = sum(sequence.length for sequence in cache.sequences) + int(cache.stored.sum())
+def full_bytes(cache: KVCache, stored: Sequence[int] | None = None) -> int:
+    """Bytes of the entries that the full cache would hold now, or when it had `stored` tokens of each row's answer."""
+    stored = cache.stored.tolist() if stored is None else stored
+    tokens = sum(sequence.length for sequence in cache.sequences) + sum(stored)
     return tokens * len(cache.layers) * entry_bytes(cache)
 
 
@@ -28,25 +32,53 @@ def live_bytes(cache: KVCache) -> int:
     return entries * entry_bytes(cache) // cache.config.num_key_value_heads
 
 
-def live_entries(cache: KVCache) -> list[dict[str, int]]:
-    """Per layer, the entries held now by class, summed over sequences and key/value heads."""
-    stored, heads = cache.stored.tolist(), cache.config.num_key_value_heads
-    by_layer = []
-    for layer_idx, buffers in enumerate(cache.layers):
+def live_entries(
+    cache: KVCache, stored: Sequence[int] | None = None, tail_vision: Tensor | None = None
+) -> list[dict[str, int]]:
+    """Per layer, the entries held now by class, summed over sequences and key/value heads.
+
+    Or those of an earlier time in this turn: when the cache had `stored` tokens of each row's answer, and
+    `vision_in_tail` returned `tail_vision`.
+    """
+    stored = cache.stored.tolist() if stored is None else stored
+    tail_vision = vision_in_tail(cache, stored) if tail_vision is None else tail_vision
+    heads, by_layer = cache.config.num_key_value_heads, []
+    for layer_idx, (buffers, in_tail) in enumerate(zip(cache.layers, tail_vision.tolist(), strict=True)):
         entries = dict.fromkeys(ENTRY_CLASSES, 0)
         for row, counts in enumerate(buffers.counts):
-            tail = cache.tail_length(layer_idx, row, stored[row]) * heads
-            vision_in_tail = 0
-            if cache.policy.whole_cache:
-                positions = live_positions(cache, layer_idx, row)
-                vision = positions.new_tensor(cache.sequences[row].vision_positions)
-                vision_in_tail = int(torch.isin(positions, vision).sum())
             entries["system"] += counts.system * heads
-            entries["vision core"] += counts.core * heads + vision_in_tail
+            entries["vision core"] += counts.core * heads
             entries["vision secondary"] += (counts.vision - counts.core) * heads
-            entries["text"] += tail - vision_in_tail
+            entries["text"] += cache.tail_length(layer_idx, row, stored[row]) * heads
+        entries["vision core"] += in_tail
+        entries["text"] -= in_tail
         by_layer.append(entries)
     return by_layer
+
+
+def vision_in_tail(cache: KVCache, stored: Sequence[int]) -> Tensor:
+    """How many image entries are in the tails of each layer [L], in all rows and heads; nothing waits for the device.
+
+    Only a whole-cache budget has them there. `stored` are each row's tokens of the answer, which the host may know.
+    """
+    if not cache.policy.whole_cache:
+        return torch.zeros(len(cache.layers), dtype=torch.int64)
+    rows, heads = len(stored), cache.config.num_key_value_heads
+    is_vision = torch.zeros(rows, cache.config.context_length, dtype=torch.bool)
+    for row, sequence in enumerate(cache.sequences):
+        is_vision[row, sequence.vision_positions] = True
+    is_vision = to_device(is_vision, cache.device)[:, None].expand(-1, heads, -1)  # [B, H_kv, positions]
+    layers = range(len(cache.layers))
+    tails = torch.tensor([[cache.tail_length(layer, row, stored[row]) for row in range(rows)] for layer in layers])
+    tails = to_device(tails, cache.device)[..., None, None]  # [L, B, 1, 1]
+    found = []
+    for buffers, tail in zip(cache.layers, tails, strict=True):
+        start = buffers.layout.tail_start
+        slots = torch.arange(buffers.layout.tail, device=cache.device)
+        # Among the slots up to the first unused one, one is free: see `SlotLayout.live`.
+        live = (slots <= tail) & (slots != buffers.write_slot[..., None] - start)  # [B, H_kv, T]
+        found.append((live & is_vision.gather(2, buffers.position[:, :, start:].long())).sum())
+    return torch.stack(found)
 
 
 def entries_attended(cache: KVCache) -> dict[str, float]:
@@ -99,4 +131,4 @@ def core_positions(cache: KVCache, layer_idx: int, row: int) -> Tensor:
     vision = buffers.layout.vision(buffers.counts[row])
     core = buffers.in_core_step[row, vision] > 0
     position = buffers.position[row, 0, vision][core]
-    return position[best_first(buffers.vision_attn[row, vision][core], position)].cpu()
+    return position[best_first(buffers.vision_attn[row, vision][core])].cpu()

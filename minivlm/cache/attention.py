@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-QUERY_BLOCK = 128  # queries per block wherever weights are materialised
+QUERY_BLOCK = 128  # queries whose weights are materialised at once
 _COLUMN_BLOCK = 512  # keys that are in float32 at once
+_ON_CUDA = 4  # times as many of both: there every block costs the same launches
+
+
+def query_block(device: torch.device) -> int:
+    """Queries whose weights are materialised at once."""
+    return QUERY_BLOCK * (_ON_CUDA if device.type == "cuda" else 1)
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,23 +59,26 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **how)
 
 
-def weights(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+def weights(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor:
     """Attention weights of a few queries of one sequence, in float32, summed over each group of query heads.
 
-    q [H, R, D] with R <= QUERY_BLOCK, k [H_kv, M, D]; query r sees the first visible[r] columns, the others get exactly
-    0. Returns [H_kv, R, M].
+    q [H, R, D] with R <= `query_block`, k [H_kv, M, D]; query r sees the first visible[r] columns, the others get
+    exactly 0; None: it sees all. Returns [H_kv, R, M].
     """
     heads, count, dim = q.shape
     kv_heads, columns, _ = k.shape
     groups = heads // kv_heads
     q = q.reshape(kv_heads, groups * count, dim).float() * dim**-0.5
     scores = q.new_empty(kv_heads, groups * count, columns)
-    for first in range(0, columns, _COLUMN_BLOCK):  # otherwise 16-bit keys would exist a second time, in 32 bits
-        block = slice(first, first + _COLUMN_BLOCK)
+    size = _COLUMN_BLOCK * (_ON_CUDA if k.is_cuda else 1)
+    for first in range(0, columns, size):  # otherwise 16-bit keys would exist a second time, in 32 bits
+        block = slice(first, first + size)
         torch.bmm(q, k[:, block].float().transpose(1, 2), out=scores[..., block])
     scores = scores.view(kv_heads, groups, count, columns)
-    hidden = torch.arange(columns, device=k.device) >= visible[:, None]  # [R, M]
-    return scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1).sum(dim=1)
+    if visible is not None:
+        hidden = torch.arange(columns, device=k.device) >= visible[:, None]  # [R, M]
+        scores.masked_fill_(hidden, -torch.inf)
+    return scores.softmax(dim=-1).sum(dim=1)
 
 
 def decode_plain(

@@ -6,6 +6,7 @@ An entry's column is its place in the attention of the row: the old entries come
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +20,41 @@ from minivlm.cache.ranking import LAST, best_first, order_key
 class ComputedTokens:
     """The new tokens of one row that are still computed; filters drop image tokens on the way."""
 
-    def __init__(self, index: Tensor, is_vision: Tensor) -> None:
+    def __init__(self, index: Tensor, vision: Tensor, text: Tensor) -> None:
         self.index = index  # [S'], their places among the turn's tokens
-        self.vision = is_vision.nonzero()[:, 0]  # which of the S' are image tokens
-        self.text = (~is_vision).nonzero()[:, 0]  # and which are not
+        self.vision = vision  # which of the S' are image tokens, ascending
+        self.text = text  # and which are not
 
     def __len__(self) -> int:
         return len(self.index)
 
     def after_dropping_all_but(self, best: Tensor) -> tuple[ComputedTokens, Tensor]:
         """What remains if of the image tokens only `vision[best]` go on, and where it stood among these, [S'']."""
-        left = torch.cat((self.text, self.vision[best])).sort().values
-        return ComputedTokens(self.index[left], torch.isin(left, self.vision[best])), left
+        vision = self.vision[best].sort().values
+        left = torch.cat((self.text, vision)).sort().values
+        places = torch.searchsorted(left, vision), torch.searchsorted(left, self.text)
+        return ComputedTokens(self.index[left], *places), left
+
+
+class ColumnClasses(NamedTuple):
+    """Columns of the entries of each class: old entries first, then new ones. A whole-cache budget has only a tail."""
+
+    vision: Tensor  # [n], ascending
+    system: Tensor
+    tail: Tensor
+
+    @classmethod
+    def of(cls, past: EntryCounts, tokens: ComputedTokens, system: int, whole_cache: bool) -> ColumnClasses:
+        """`past` counts the old entries, `system` is how many of the new text tokens are the system prefix."""
+        old = past.fixed + past.tail
+        columns = torch.arange(old + len(tokens), device=tokens.index.device)
+        if whole_cache:
+            return cls(columns[:0], columns[:0], columns)
+        new = tokens.vision, tokens.text[:system], tokens.text[system:]
+        if not old:
+            return cls(*new)
+        before = columns[:old].split((past.vision, past.system, past.tail))
+        return cls(*(torch.cat((those, old + these)) for those, these in zip(before, new, strict=True)))
 
 
 @dataclass
@@ -41,9 +65,9 @@ class Columns:
     k: Tensor  # [H_kv, M, D]
     v: Tensor  # [H_kv, M, D]
     position: Tensor  # [H_kv, M]
+    classes: ColumnClasses
     past: EntryCounts  # the old entries by class, in the order of the layout: vision, system, tail
     past_score: Tensor | None  # [H_kv, past tail], what the token budget remembers
-    tokens: ComputedTokens
     layer_idx: int
     sample: int
 
@@ -53,24 +77,9 @@ class Columns:
         return self.past.fixed + self.past.tail
 
     @property
-    def num_vision(self) -> int:
-        """How many of the entries are image entries."""
-        return self.past.vision + len(self.tokens.vision)
-
-    @property
-    def vision(self) -> Tensor:
-        """Columns [n] of the image entries, ascending."""
-        return torch.cat((torch.arange(self.past.vision, device=self.k.device), self.old + self.tokens.vision))
-
-    def system(self, new: int) -> Tensor:
-        """Columns of the system entries, old ones and the first `new` of the new text."""
-        old = torch.arange(self.past.vision, self.past.fixed, device=self.k.device)
-        return torch.cat((old, self.old + self.tokens.text[:new]))
-
-    def tail(self, new_system: int) -> Tensor:
-        """Columns of the tail's entries, old ones and the new text after the system prefix."""
-        old = torch.arange(self.past.fixed, self.old, device=self.k.device)
-        return torch.cat((old, self.old + self.tokens.text[new_system:]))
+    def new_vision(self) -> Tensor:
+        """Columns [n] of the image entries of this turn."""
+        return self.classes.vision[self.past.vision :]
 
     def entries(self, index: Tensor) -> Entries:
         """The entries in the columns `index` [n], ascending, as a policy sees them."""
@@ -88,55 +97,51 @@ class Columns:
 
     def mean_attention(self, window: int) -> Tensor:
         """Attention [M] of the last `window` queries, averaged over them and over all query heads."""
-        n = self.q.shape[1]
-        visible = torch.arange(self.old + n - window, self.old + n, device=self.q.device) + 1
+        n, visible = self.q.shape[1], None
+        if window > 1:
+            visible = torch.arange(self.old + n - window, self.old + n, device=self.q.device) + 1
         weights = attention.weights(self.q[:, n - window :], self.k, visible)  # [H_kv, window, M]
         return weights.sum(dim=0).mean(dim=0) / len(self.q)
 
 
 def filter_scores(prompt_filter: PromptFilter, columns: Columns, attn: Tensor | None, count: int) -> Tensor:
     """Scores [n] of the image tokens that are still computed, of which `count` will go on."""
-    if attn is None or not len(columns.tokens.vision):
+    index = columns.new_vision
+    if attn is None or not len(index):
         return torch.zeros(0, device=columns.k.device)
-    index, count = columns.old + columns.tokens.vision, min(count, len(columns.tokens.vision))
-    scores = prompt_filter.scores(columns.candidates(index, attn, 0, count))
-    return check_scores(scores, (len(columns.tokens.vision),), prompt_filter, "scores")
+    scores = prompt_filter.scores(columns.candidates(index, attn, 0, min(count, len(index))))
+    return check_scores(scores, (len(index),), prompt_filter, "scores")
 
 
 def choose_vision(
-    selection: VisionSelection | None, columns: Columns, attn: Tensor | None, counts: EntryCounts
+    selection: VisionSelection, columns: Columns, attn: Tensor, counts: EntryCounts
 ) -> tuple[Tensor, Tensor]:
     """Columns [n] of the image entries that stay, ascending, and which of them are the core, bool [n].
 
     Old entries stay in any case; `counts` says how many there will be.
     """
-    index, past = columns.vision, columns.past.vision
-    if attn is None or selection is None:
-        return index, torch.ones_like(index, dtype=torch.bool)
+    index, past = columns.classes.vision, columns.past.vision
     count = counts.vision - past
     candidates = columns.candidates(index, attn, past, count)
-    position = columns.position[0, index]
     scores = check_scores(selection.scores(candidates), (len(index),), selection, "scores")
-    best = past + best_first(scores[past:], position[past:])[:count]
-    kept = torch.cat((torch.arange(past, device=best.device), best.sort().values))
+    kept = past + best_first(scores[past:])[:count].sort().values
+    if past:
+        kept = torch.cat((torch.arange(past, device=kept.device), kept))
     core_scores = check_scores(selection.core_scores(candidates, scores), (len(index),), selection, "core_scores")
-    core_first = best_first(core_scores[kept], position[kept])
-    core = torch.zeros_like(kept, dtype=torch.bool).index_fill_(0, core_first[: counts.core], True)
+    core = torch.zeros_like(kept, dtype=torch.bool)
+    core.index_fill_(0, best_first(core_scores[kept])[: counts.core], True)
     return index[kept], core
 
 
-def choose_tail(
-    budget: TokenBudget | None, columns: Columns, tail: Tensor, plan: TailPlan
-) -> tuple[Tensor, Tensor | None]:
-    """Of the tail's columns [n], those that stay in each head, [H_kv, n'], and their scores."""
-    if budget is None:
-        return tail.expand(len(columns.k), -1), None
+def choose_tail(budget: TokenBudget, columns: Columns, plan: TailPlan) -> tuple[Tensor | None, Tensor]:
+    """The tail's columns that stay in each head, [H_kv, n], or None if all do; and their scores."""
+    tail = columns.classes.tail
     score = _tail_scores(budget, columns, tail)
     if plan.lengths[0] == len(tail):
-        return tail.expand(len(columns.k), -1), score
+        return None, score
     position = columns.position[:, tail]
     key = torch.where(position < plan.recent_from, order_key(score, position), LAST)
-    keep = key.argsort(dim=1, descending=True)[:, : plan.lengths[0]].sort(dim=1).values  # [H_kv, n']
+    keep = key.argsort(dim=1, descending=True)[:, : plan.lengths[0]].sort(dim=1).values  # [H_kv, n]
     return tail[keep], score.gather(1, keep)
 
 
@@ -154,10 +159,13 @@ def _tail_scores(budget: TokenBudget, columns: Columns, tail: Tensor) -> Tensor:
     if wanted != "all":
         skipped = max(len(queries) - wanted, 0)
         queries, own = queries[skipped:], own[skipped:]
-    for first in range(0, len(queries), attention.QUERY_BLOCK):
-        block = slice(first, first + attention.QUERY_BLOCK)
+    rows = attention.query_block(tail.device)
+    for first in range(0, len(queries), rows):
+        block = slice(first, first + rows)
         visible = columns.old + queries[block] + 1
-        weights = attention.weights(columns.q[:, queries[block]], columns.k, visible)[:, :, tail]
+        weights = attention.weights(columns.q[:, queries[block]], columns.k, visible)
+        if len(tail) < weights.shape[2]:  # else it is all columns, and nothing needs to be copied
+            weights = weights[:, :, tail]
         score = budget.score_prompt(score, weights, own[block])
         check_scores(score, shape, budget, "score_prompt")
     return score

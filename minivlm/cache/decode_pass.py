@@ -44,7 +44,7 @@ class DecodePass:
         want_weights = budget is not None or self.kind == "refresh"
         tail_start = buffers.layout.tail_start
         if state.static:
-            keys, values, live, tail_start = self._reading(buffers, used)
+            keys, values, live, tail_start = self._reading(layer_idx, buffers, used)
             out, weights = attention.decode_static(q, keys, values, live, want_weights)
         else:
             core = buffers.in_core_step > 0 if self.kind == "core" else None
@@ -82,23 +82,24 @@ class DecodePass:
         for buffer, new in ((buffers.k, k), (buffers.v, v)):
             buffer[where] = torch.where(active[..., None], new[:, :, 0], buffer[where])
 
-    def _reading(self, buffers: LayerBuffers, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _reading(self, layer_idx: int, buffers: LayerBuffers, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """What a step of fixed shape passes over: keys and values [B, H_kv, n, D], which of the n are live [B, n], and
         where among them the tail starts."""
         layout = buffers.layout
+        fixed, system, core, _ = self.state.counts[:, layer_idx]  # each [B, 1]
         slots = torch.arange(layout.slots, device=used.device)
-        live = (slots >= buffers.vision_start) & (slots < layout.tail_start + used)
+        live = (slots >= layout.tail_start - fixed) & (slots < layout.tail_start + used)
         if self.kind == "core":
             live = live & (buffers.in_core_step > 0)
-        if self.kind != "core" or buffers.core_slots is None:
+        if self.kind != "core" or self.state.core_slots is None:
             return buffers.k, buffers.v, live, layout.tail_start
         # Only what the core step needs, by index.
-        (batch, kv_heads), width = buffers.write_slot.shape, buffers.core_slots.shape[1]
-        # The core and the system prefix; the rest of the list is padding.
-        listed = slots[:width] < buffers.core_size + layout.tail_start - buffers.system_start  # [B, width]
-        index = torch.cat((buffers.core_slots, slots[layout.tail_start :].expand(batch, -1)), dim=1)  # [B, n]
+        core_slots = self.state.core_slots[layer_idx]
+        batch, width = core_slots.shape
+        listed = torch.arange(width, device=used.device) < core + system  # [B, width]; the rest of the list is padding
+        index = torch.cat((core_slots, slots[layout.tail_start :].expand(batch, -1)), dim=1)  # [B, n]
         row = torch.arange(batch, device=used.device)[:, None, None]
-        head = torch.arange(kv_heads, device=used.device)[:, None]
+        head = torch.arange(buffers.k.shape[1], device=used.device)[:, None]
         where = (row, head, index[:, None])  # indexing, not `gather`: the compiler fuses it into the sums over D and n
         live = torch.cat((listed, live[:, layout.tail_start :]), dim=1)
         return buffers.k[where], buffers.v[where], live, width

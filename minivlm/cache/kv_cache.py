@@ -12,22 +12,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minivlm.cache.counts import SequenceState, check_turn
+from minivlm.cache.counts import EntryCounts, SequenceState, TurnPlan, check_turn, plan_entries
 from minivlm.cache.decode_pass import DecodePass
 from minivlm.cache.policy import Policy
 from minivlm.cache.prefill_pass import PrefillPass
 from minivlm.cache.slots import bucket
 from minivlm.cache.state import CacheState, StepKind
 from minivlm.model.config import TextConfig
+from minivlm.transfer import to_device
 
 
 class KVCache(CacheState):
     """Keys and values of a batch of sequences in every layer, under one policy.
 
     `samples` are the sequences' numbers, by which random policies draw. `static`: decode steps have fixed shapes, for
-    `torch.compile`; otherwise they slice what is live. `gather`: a static core step reads its entries by index and no
-    others, which is fast on a GPU and slow on a CPU; there a step passes over everything that was kept and gives the
-    rest no weight. None chooses by the device.
+    `torch.compile`; otherwise they slice what is live. `gather`: the way of a GPU. Buffers never shrink, so that few
+    graphs are recorded, and a static core step reads its entries by index and no others. On a CPU that is slow; there a
+    step passes over everything that was kept and gives the rest no weight. None chooses by the device.
     """
 
     # The passes' classes; eval/attention puts others in their place, which watch.
@@ -81,29 +82,48 @@ class KVCache(CacheState):
         ]
         for sequence, plan in zip(self.sequences, plans, strict=True):
             sequence.begin_turn(plan)
+        counts = [self._plan_layer(layer_idx, plans) for layer_idx in range(self.config.num_hidden_layers)]
         self.max_steps = max_steps
-        self.fill_tables()
+        self.begin_answer(counts)
         self.step_kinds = []
         self.num_turns += 1
         batch = len(plans)
         at_once = batch if self.num_turns > 1 or rows_at_once is None else rows_at_once
         return [
-            self.prefill_pass(self, plans, range(first, min(first + at_once, batch)))
+            self.prefill_pass(self, plans, counts, range(first, min(first + at_once, batch)))
             for first in range(0, batch, at_once)
         ]
 
-    def fill_tables(self) -> None:
-        """Bring the step tables and counters on the device to the start of this turn's answer."""
-        surplus = [(0, False, 0)] * (bucket(self.max_steps) - self.max_steps)
+    def _plan_layer(self, layer_idx: int, plans: Sequence[TurnPlan]) -> list[EntryCounts]:
+        """What each row will hold in a layer after this turn's prefill."""
+        past = self.layers[layer_idx].counts if self.num_turns else [EntryCounts()] * len(plans)
+        group = self.budget_group[layer_idx]
+        return [plan_entries(self.policy, layer_idx, group, *each) for each in zip(plans, past, strict=True)]
+
+    def begin_answer(self, counts: Sequence[Sequence[EntryCounts]]) -> None:
+        """Bring the numbers on the device to the start of this turn's answer, without waiting for it.
+
+        counts are what each row will hold after prefill, by layer.
+        """
+        numbers = [[(row.fixed, row.system, row.core, row.tail) for row in layer] for layer in counts]
+        self.counts.copy_(self._sent(numbers).permute(2, 0, 1)[..., None])  # [4, L, B, 1]
+        if self.core_slots is not None:
+            width = bucket(max(row.core + row.system for layer in counts for row in layer), self.bucket_size)
+            if width > self.core_slots.shape[2]:
+                self.core_slots = self.core_slots.new_zeros(*self.core_slots.shape[:2], width)
+        room = bucket(self.max_steps)
         for group, budget in enumerate(self.budgets):
-            rows = [sequence.step_table(group, budget, self.max_steps) + surplus for sequence in self.sequences]
-            table = torch.tensor(rows, dtype=torch.int64).view(len(rows), -1, 3).permute(2, 0, 1)  # [3, B, steps]
-            if self.tables[group].shape != table.shape:
-                self.tables[group] = torch.empty(table.shape, dtype=torch.int64, device=self.device)
-            self.tables[group].copy_(table)
-        self.answer_start.copy_(torch.tensor([sequence.length for sequence in self.sequences]))
+            rows = [sequence.step_table(group, budget, self.max_steps) for sequence in self.sequences]
+            if not self.fits(self.tables[group].shape[2], room):
+                self.tables[group] = self.counts.new_zeros(3, len(rows), room)
+            if self.max_steps:
+                self.tables[group][..., : self.max_steps].copy_(self._sent(rows).permute(2, 0, 1))  # [3, B, steps]
+        self.answer_start.copy_(self._sent([sequence.length for sequence in self.sequences]))
         self.stored.zero_()
         self.active.fill_(True)
+
+    def _sent(self, numbers: Sequence) -> Tensor:
+        return to_device(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     @property
     def next_kind(self) -> StepKind:
@@ -123,11 +143,13 @@ class KVCache(CacheState):
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that a decode step reads or writes."""
-        yield from (*self.tables, self.stored, self.answer_start, self.active)
+        yield from (self.counts, *self.tables, self.stored, self.answer_start, self.active)
+        if self.core_slots is not None:
+            yield self.core_slots
         for buffers in self.layers:
             yield from buffers.tensors()
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: those of the layers (see `LayerBuffers.nbytes`) and of the step tables."""
-        return sum(buffers.nbytes for buffers in self.layers) + sum(table.nbytes for table in self.tables)
+        """Bytes allocated: those of the layers (see `LayerBuffers.nbytes`), and 8 for each number beside them."""
+        return sum(tensor.nbytes for tensor in self.tensors())

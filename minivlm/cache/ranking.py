@@ -19,9 +19,9 @@ def order_key(scores: Tensor, positions: Tensor) -> Tensor:
     return (bits.long() << 32) | (_TOP - positions.long())
 
 
-def best_first(scores: Tensor, positions: Tensor) -> Tensor:
-    """Indices that sort the last dimension best first."""
-    return order_key(scores, positions).argsort(dim=-1, descending=True)
+def best_first(scores: Tensor) -> Tensor:
+    """Indices that sort the last dimension best first; ties to the lower index."""
+    return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def best_of(scores: Tensor, count: Tensor) -> Tensor:

@@ -20,27 +20,35 @@ from torch import Tensor
 from minivlm.cache.counts import EntryCounts
 
 BUCKET = 32  # slots
+LARGE_BUCKET = 256  # slots, where few sizes are worth more than a little slack
 
 
-def bucket(slots: int) -> int:
-    """`slots` rounded up, so that prompts of similar size get buffers, and compiled graphs, of the same size."""
-    return -(-slots // BUCKET) * BUCKET
+def bucket(slots: int, size: int = BUCKET) -> int:
+    """`slots` rounded up, so that prompts of similar size get buffers of the same size."""
+    return -(-slots // size) * size
 
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """How the slots of a layer's buffers are divided, for all rows alike; at most 2 x 31 of them are slack."""
+    """How the slots of a layer's buffers are divided, for all rows alike."""
 
     tail_start: int
-    slots: int
-    core_width: int  # places in the list of a core step's slots left of `tail_start`
+    tail: int  # slots from `tail_start` on
 
     @classmethod
-    def of(cls, rows: Sequence[EntryCounts]) -> SlotLayout:
-        """The layout that rows with such counts need."""
-        tail_start = bucket(max(counts.fixed for counts in rows))
-        slots = tail_start + bucket(max(counts.tail_capacity for counts in rows))
-        return cls(tail_start, slots, bucket(max(counts.core + counts.system for counts in rows)))
+    def of(cls, rows: Sequence[EntryCounts], size: int = BUCKET) -> SlotLayout:
+        """The layout that rows with such counts need, in buckets of `size` slots."""
+        fixed = max(counts.fixed for counts in rows)
+        return cls(bucket(fixed, size), bucket(max(counts.tail_capacity for counts in rows), size))
+
+    @property
+    def slots(self) -> int:
+        """All of them."""
+        return self.tail_start + self.tail
+
+    def grown(self, needed: SlotLayout) -> SlotLayout:
+        """The smallest layout that holds what either does."""
+        return SlotLayout(max(self.tail_start, needed.tail_start), max(self.tail, needed.tail))
 
     def vision(self, counts: EntryCounts) -> slice:
         """A row's vision entries, in ascending order of position."""
@@ -61,11 +69,3 @@ class SlotLayout:
         used = torch.arange(self.tail_start, self.tail_start + tail, device=device)
         is_hole = used == write_slot[:, None]  # [H_kv, tail]; nowhere if the next token goes to the first unused slot
         return torch.cat((fixed, torch.where(is_hole, self.tail_start + tail, used)), dim=1)
-
-
-def first_slots(mask: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` true entries of each row of mask [B, n]; 0 where there are fewer."""
-    rank = (mask.cumsum(dim=1) - 1).clamp(max=count)
-    slots = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    listed = torch.zeros(len(mask), count + 1, dtype=torch.int64, device=mask.device)
-    return listed.scatter(1, torch.where(mask, rank, count), slots)[:, :count]

@@ -10,6 +10,7 @@ from torch import Tensor
 from minivlm.cache.buffers import LayerBuffers
 from minivlm.cache.counts import SequenceState
 from minivlm.cache.policy import Policy, TokenBudget
+from minivlm.cache.slots import BUCKET, LARGE_BUCKET
 from minivlm.model.config import TextConfig
 
 # What takes part in a decode step; see the words in minivlm/cache/__init__.py.
@@ -52,16 +53,26 @@ class CacheState:
 
         # On the device.
         self.layers: list[LayerBuffers] = []
+        # Entries of each layer and row after prefill: fixed, system, core and tail ones, [4, L, B, 1].
+        self.counts = torch.zeros(4, config.num_hidden_layers, batch, 1, dtype=torch.int64, device=self.device)
+        # The slots left of the tail that a core step reads [L, B, n], where it reads by index.
+        self.core_slots: Tensor | None = None
+        if self.gather and policy.interval > 1:
+            self.core_slots = self.counts.new_zeros(config.num_hidden_layers, batch, 0)
         # For each distinct budget [3, B, steps]; see `SequenceState.step_table`.
-        self.tables = [torch.zeros(3, batch, 0, dtype=torch.int64, device=self.device) for _ in self.budgets]
-        self.stored = torch.zeros(batch, dtype=torch.int64, device=self.device)  # tokens of this turn's answer
+        self.tables = [self.counts.new_zeros(3, batch, 0) for _ in self.budgets]
+        self.stored = self.counts.new_zeros(batch)  # tokens of this turn's answer
         self.answer_start = torch.zeros_like(self.stored)  # position of the answer's first token
         self.active = torch.ones(batch, dtype=torch.bool, device=self.device)  # sequences that have not finished
 
     @property
-    def indexed(self) -> bool:
-        """Whether layers list their cores, because core steps exist and read by index."""
-        return self.gather and self.policy.interval > 1
+    def bucket_size(self) -> int:
+        """Slots to which buffers are rounded up."""
+        return LARGE_BUCKET if self.gather else BUCKET
+
+    def fits(self, size: int, needed: int) -> bool:
+        """Whether a buffer of this size is used again where another size is needed."""
+        return size >= needed if self.gather else size == needed
 
     @property
     def steps(self) -> int:

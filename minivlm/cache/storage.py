@@ -1,8 +1,8 @@
 """A KV cache on disk: saved in the middle of an answer, it goes on elsewhere exactly as it would have gone on here.
 
-One safetensors file. Its tensors are the layers' buffers as they are, dead slots included, and what the host knows of
-each sequence; its metadata are the policy with all its numbers, the decoder's configuration, and counters. Step tables
-and bounds follow from these and are made anew.
+One safetensors file. Its tensors are the layers' buffers in the smallest layout that holds them, dead slots included,
+and what the host knows of each sequence; its metadata are the policy with all its numbers, the decoder's configuration,
+and counters. Step tables and counts on the device follow from these and are made anew.
 
 A file is not trusted. Whatever a step would index with is checked, and a tensor's shape before it is allocated. A
 checksum (SHA-256) of the metadata and of every byte refuses values that have changed; it costs one pass over the bytes
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minivlm.cache.buffers import LayerBuffers
+from minivlm.cache.cores import list_cores
 from minivlm.cache.counts import EntryCounts, SequenceState
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.slots import SlotLayout
@@ -38,7 +39,6 @@ from minivlm.tensor_files import TensorFile
 
 _VERSION = 4
 _KEY, _CHECKSUM = "minivlm.kv_cache", "minivlm.sha256"  # of the metadata
-_BUFFERS = ("k", "v", "position", "score", "vision_attn", "in_core_step", "write_slot")
 _COUNTS = ("vision", "core", "system", "tail", "tail_capacity")  # the fields of `EntryCounts`
 
 
@@ -57,8 +57,8 @@ def save_cache(cache: KVCache, path: Path) -> None:
         raise UserError(f"{path}: an empty cache is not saved (expected one after a prefill)")
     tensors = {"stored": cache.stored, "active": cache.active}
     for layer_idx, buffers in enumerate(cache.layers):
-        by_name = {name: getattr(buffers, name) for name in _BUFFERS}
-        tensors |= {f"layers.{layer_idx}.{name}": tensor for name, tensor in by_name.items() if tensor is not None}
+        by_name = buffers.within(SlotLayout.of(buffers.counts))
+        tensors |= {f"layers.{layer_idx}.{name}": tensor for name, tensor in by_name.items()}
         counts = [[getattr(each, name) for name in _COUNTS] for each in buffers.counts]
         tensors[f"layers.{layer_idx}.counts"] = torch.tensor(counts)
     for row, sequence in enumerate(cache.sequences):
@@ -104,7 +104,8 @@ def load_cache(cache: KVCache, path: Path, dtype: torch.dtype) -> None:
     cache.layers[:] = stored.layers
     cache.num_turns, cache.step_kinds = stored.counters.turns, stored.counters.step_kinds
     cache.max_steps = stored.max_steps
-    cache.fill_tables()
+    cache.begin_answer([buffers.counts for buffers in cache.layers])
+    list_cores(cache)
     cache.stored.copy_(stored.stored)
     cache.active.copy_(stored.active)
 
@@ -217,17 +218,27 @@ class _Stored:
         if scored:
             tensors["score"] = self._read(f"{prefix}.score", (batch, heads, slots - left), torch.float32)
         buffers = LayerBuffers(
-            counts, heads, dim, scored=scored, indexed=cache.indexed, dtype=self.dtype, device=cache.device
+            SlotLayout.of(counts, cache.bucket_size),
+            batch,
+            heads,
+            dim,
+            scored=scored,
+            dtype=self.dtype,
+            device=cache.device,
         )
+        buffers.counts = counts
+        buffers.mark_kept(slice(None), torch.tensor([[row.fixed] for row in counts], device=cache.device))
         for row, row_counts in enumerate(counts):
             core = tensors["in_core_step"][row, layout.vision(row_counts)] == 1
-            buffers.mark_core(row, core.to(cache.device))
-            same = torch.equal(buffers.in_core_step[row].cpu(), tensors["in_core_step"][row])
-            if int(core.sum()) != row_counts.core or not same:
+            if int(core.sum()) != row_counts.core:
                 raise self._damaged(f"{prefix}.in_core_step")
+            buffers.mark_core(row, core.to(cache.device))
+        held = buffers.within(layout)
+        if not torch.equal(held["in_core_step"].cpu(), tensors["in_core_step"]):
+            raise self._damaged(f"{prefix}.in_core_step")
         for name, tensor in tensors.items():
-            getattr(buffers, name).copy_(tensor)
-        buffers.list_core()
+            held[name].copy_(tensor)
+        buffers.write_slot.copy_(tensors["write_slot"] + buffers.layout.tail_start - left)
         return buffers
 
     def _read_counts(self, layer_idx: int) -> list[EntryCounts]:

@@ -13,16 +13,16 @@ import functools
 import os
 import shutil
 import weakref
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from minivlm.cache.buffers import LayerBuffers, choose_cores
+from minivlm.cache.buffers import LayerBuffers
+from minivlm.cache.cores import choose_cores
 from minivlm.cache.kv_cache import KVCache
-from minivlm.cache.state import StepKind
+from minivlm.cache.state import CacheState, StepKind
 from minivlm.generation.steps import DecodeStep, decode_step, forward_step
 from minivlm.model.llama import DecoderLayer
 from minivlm.model.llava import Llava
@@ -82,8 +82,8 @@ def compiled_decode_step(device: torch.device) -> DecodeStep:
         with graph_limit():
             return step_graph(model, cache, kind, token, stop)
 
-    def choose(layers: Sequence[LayerBuffers], active: Tensor) -> None:
+    def choose(state: CacheState) -> None:
         with graph_limit():
-            cores_graph(layers, active)
+            cores_graph(state)
 
     return functools.partial(decode_step, forward=forward, choose=choose)

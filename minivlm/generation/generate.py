@@ -6,6 +6,7 @@ host reads a token while the next step already runs. It never sees text.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,6 +20,7 @@ from minivlm.errors import UserError
 from minivlm.generation.sampling import NOT_FINITE, Sampling, checked, choose_token
 from minivlm.generation.steps import DecodeStep, decode_step, prefill_step
 from minivlm.model.llava import Llava
+from minivlm.transfer import to_device
 
 
 def _unexplained(tokens: Sequence[Sequence[int]]) -> UserError:
@@ -60,7 +62,7 @@ class Generation:
 
         device = model.lm_head.weight.device
         stop = () if sampling.ignore_eos else model.config.eos_token_ids
-        self._stop = torch.tensor(stop, dtype=torch.int64, device=device)
+        self._stop = to_device(torch.tensor(stop, dtype=torch.int64), device)
         seeds = [(sampling.seed * 1_000_003 + sequence.sample) % 2**63 for sequence in cache.sequences]
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
@@ -70,15 +72,32 @@ class Generation:
         told = self._first[1]
         for image in features:  # a policy may have dropped all that would show in the logits
             told = checked(told, image.flatten())
+        self._none_stored = [0] * len(input_ids)
+        self._tail_vision = accounting.vision_in_tail(cache, self._none_stored)
         if NOT_FINITE in told.tolist():  # waits for the device
             raise explain(self.tokens)
         self.prefill_s = time.perf_counter() - started
-
         self.prompt_tokens = sum(len(ids) for ids in input_ids)
         self.vision_tokens = sum(len(image) for image in features)
-        self.live_bytes, self.full_bytes = accounting.live_bytes(cache), accounting.full_bytes(cache)
-        by_layer = accounting.live_entries(cache)
-        self.live_entries = {name: sum(layer[name] for layer in by_layer) for name in accounting.ENTRY_CLASSES}
+
+    # What the cache held after the prefill. It is counted when someone asks, not before the first token.
+
+    @functools.cached_property
+    def live_entries(self) -> dict[str, int]:
+        """Entries by class, summed over sequences, layers and key/value heads."""
+        by_layer = accounting.live_entries(self.cache, self._none_stored, self._tail_vision)
+        return {name: sum(layer[name] for layer in by_layer) for name in accounting.ENTRY_CLASSES}
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of these entries."""
+        heads = self.cache.config.num_key_value_heads
+        return sum(self.live_entries.values()) * accounting.entry_bytes(self.cache) // heads
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that the full cache would have held."""
+        return accounting.full_bytes(self.cache, self._none_stored)
 
     def stop(self) -> None:
         """End the answer after the step under way; may be called from a signal handler."""

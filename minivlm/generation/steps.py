@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minivlm.cache.buffers import LayerBuffers, choose_cores
+from minivlm.cache.cores import choose_cores
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.prefill_pass import PrefillPass
 from minivlm.cache.recorder import Observer
-from minivlm.cache.state import StepKind
+from minivlm.cache.state import CacheState, StepKind
 from minivlm.model.llava import Llava
+from minivlm.transfer import to_device
 
 PREFILL_TOKENS = 32768  # tokens, padding included, that go through a layer at once
 
 DecodeStep = Callable[[Llava, KVCache, Tensor, Tensor], Tensor]
 Forward = Callable[[Llava, KVCache, StepKind, Tensor, Tensor], Tensor]
-ChooseCores = Callable[[Sequence[LayerBuffers], Tensor], None]
+ChooseCores = Callable[[CacheState], None]
 
 
 @torch.no_grad()
@@ -38,17 +39,17 @@ def prefill_step(
 ) -> Tensor:
     """Prefill the new tokens [S] of each sequence, with the features of all their images, and return logits [B, V].
 
-    is_vision holds a bool tensor [S] per sequence, which says where image tokens stand; None: wherever the id is the
-    image token's. As many sequences go through the layers at once as make up `PREFILL_TOKENS`, which bounds the
-    activations.
+    is_vision holds a bool tensor [S] per sequence, on the CPU, which says where image tokens stand; None: wherever the
+    id is the image token's. As many sequences go through the layers at once as make up `PREFILL_TOKENS`, which bounds
+    the activations. Nothing here waits for the device.
     """
     device = model.lm_head.weight.device
-    if is_vision is None:
-        is_vision = [ids == model.config.image_token_index for ids in input_ids]
-    rows_at_once = max(1, PREFILL_TOKENS // max(len(ids) for ids in input_ids))
-    ids, mask = (pad_sequence(list(rows), batch_first=True).to(device) for rows in (input_ids, is_vision))
-    embeds = model.embed(ids, features, mask)
-    passes = cache.prefill([row.cpu() for row in is_vision], max_new_tokens, rows_at_once)
+    ids = [row.cpu() for row in input_ids]
+    masks = [row == model.config.image_token_index for row in ids] if is_vision is None else is_vision
+    rows_at_once = max(1, PREFILL_TOKENS // max(len(row) for row in ids))
+    padded = to_device(pad_sequence(ids, batch_first=True), device)
+    embeds = model.embed(padded, features, pad_sequence(list(masks), batch_first=True))
+    passes = cache.prefill(masks, max_new_tokens, rows_at_once)
     logits = [prefill_logits(model, each, embeds[each.rows.start : each.rows.stop]) for each in passes]
     if observer is not None:
         observer.prefilled(cache, passes[0])
@@ -58,8 +59,8 @@ def prefill_step(
 def prefill_logits(model: Llava, prefill: PrefillPass, embeds: Tensor) -> Tensor:
     """Run one pass over its rows' embeddings [B, S, C]; the logits [B, V] after each row's last token."""
     hidden = model(*prefill.enter(embeds), prefill)
-    last = torch.tensor(prefill.lengths, device=hidden.device) - 1
-    return model.lm_head(hidden[torch.arange(len(last), device=hidden.device), last])
+    last = torch.stack([row[n - 1] for row, n in zip(hidden, prefill.lengths, strict=True)])  # [B, C]
+    return model.lm_head(last)
 
 
 def forward_step(model: Llava, cache: KVCache, kind: StepKind, token: Tensor, stop: Tensor) -> Tensor:
@@ -92,6 +93,6 @@ def decode_step(
     kind = cache.next_kind
     logits = forward(model, cache, kind, token, stop)
     if kind == "refresh":
-        choose(cache.layers, cache.active)
+        choose(cache)
     cache.finish_step(kind)
     return logits

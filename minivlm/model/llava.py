@@ -19,6 +19,7 @@ from minivlm.model import anyres
 from minivlm.model.clip import ClipVision
 from minivlm.model.config import VLMConfig
 from minivlm.model.llama import Cache, Llama
+from minivlm.transfer import to_device
 
 
 class Projector(nn.Module):
@@ -94,18 +95,20 @@ class Llava(nn.Module):
         """Embeddings [B, S, C] of ids [B, S], with `features` [N_i, C] in place of image tokens.
 
         The features are those of all images of the batch, in order. `is_vision` (bool [B, S]) says
-        where image tokens stand; None: wherever the id is the image token's. A model can generate
+        where image tokens stand, and no one waits for a GPU if it is on the CPU; None: wherever the id
+        is the image token's. A model can generate
         that id too: then it stands for no image and has an embedding, as any other. Raises
         `UserError` if the number of features is not that of the image tokens.
         """
         embeds = self.language_model.embed_tokens(input_ids)
         if is_vision is None:
             is_vision = input_ids == self.config.image_token_index
-        expected = sum(len(image_features) for image_features in features)
-        if int(is_vision.sum()) != expected:
-            raise UserError(f"the prompt has {int(is_vision.sum())} image tokens, the images make {expected}")
+        vision, expected = int(is_vision.sum()), sum(len(image_features) for image_features in features)
+        if vision != expected:
+            raise UserError(f"the prompt has {vision} image tokens, the images make {expected}")
         if features:
-            embeds = embeds.masked_scatter(is_vision[..., None], torch.cat(list(features)).to(embeds.dtype))
+            mask = to_device(is_vision, embeds.device)[..., None]
+            embeds = embeds.masked_scatter(mask, torch.cat(list(features)).to(embeds.dtype))
         return embeds
 
     def forward(self, embeds: Tensor, positions: Tensor, cache: Cache) -> Tensor:

@@ -104,7 +104,7 @@ class FrozenCheck:
     def tensors(cache: KVCache) -> Iterator[torch.Tensor]:
         """Those whose first dimension is the batch."""
         for buffers in cache.layers:
-            yield from (tensor for tensor in buffers.tensors() if tensor is not buffers._bounds)
+            yield from buffers.tensors()
         yield cache.stored
 
 

@@ -9,7 +9,7 @@ import torch
 
 from avl_cases import IMAGE_TOKEN, Case, random_case, run_reference, tiny_model
 from cache_helpers import NO_STOP_IDS, Replay, compare, greedy, prefill_prompts, replay
-from minivlm.cache import attention
+from minivlm.cache import attention, state
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.policies import preset
 from minivlm.cache.policies.avl import AVLSettings
@@ -76,11 +76,12 @@ def test_a_gathering_core_step_reads_the_core_alone(monkeypatch):
         return decode_static(q, k, v, live, want_weights)
 
     monkeypatch.setattr(attention, "decode_static", watched)
+    monkeypatch.setattr(state, "LARGE_BUCKET", 32)
     model = tiny_model(1)
     _, cache = greedy(model, preset("avl"), prompt_ids(model, 3, 300, 9), 3, **DECODES["gathering"])
     assert cache.step_kinds == ["core", "core", "refresh"] and cache.layers[0].counts[0].core == 90
     layout = cache.layers[0].layout
-    core_step = 96 + layout.slots - layout.tail_start  # the core and the system prefix fill a bucket of 96 slots
+    core_step = 96 + layout.tail  # the core and the system prefix fill a bucket of 96 slots
     assert slots_read == 6 * [core_step] + 3 * [layout.slots]
     assert 96 < layout.tail_start == 160
 
@@ -96,7 +97,8 @@ def test_what_is_outside_the_core_takes_no_part(how):
         cache = KVCache(model.config.text, preset("avl").build(3), (0, 1), **DECODES[how])
         prefill_prompts(model, cache, prompts, 4)
         for buffers in cache.layers if garbage else ():
-            secondary = (buffers.in_core_step == 0) & (torch.arange(buffers.layout.slots) >= buffers.vision_start)
+            start = torch.tensor([[buffers.layout.tail_start - row.fixed] for row in buffers.counts])
+            secondary = (buffers.in_core_step == 0) & (torch.arange(buffers.layout.slots) >= start)
             assert secondary.sum(dim=1).tolist() == [row.vision - row.core for row in buffers.counts] != [0, 0]
             for buffer in (buffers.k, buffers.v):
                 buffer.transpose(1, 2)[secondary] = 1e3

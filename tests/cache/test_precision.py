@@ -29,7 +29,7 @@ def ranked_dtypes(monkeypatch) -> set[torch.dtype]:
         return ranking_scores
 
     cache_modules = [module for name, module in sys.modules.items() if name.startswith("minivlm.cache.")]
-    for function in ("order_key", "best_of"):
+    for function in ("order_key", "best_first", "best_of"):
         for module in cache_modules:
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, watched(getattr(module, function)))

@@ -18,8 +18,8 @@ attention = st.floats(0, 1, width=32) | st.sampled_from([-1.0, 0.0, 0.25, TINY])
 @given(st.lists(st.tuples(floats, st.integers(0, 2**31 - 1)), min_size=1, unique_by=lambda entry: entry[1]))
 def test_keys_order_by_score_and_then_by_position(entries):
     scores, positions = map(list, zip(*entries, strict=True))
-    indices = best_first(torch.tensor(scores, dtype=torch.float32), torch.tensor(positions, dtype=torch.int32))
-    assert indices.tolist() == sorted(range(len(entries)), key=lambda i: (-scores[i], positions[i]))
+    indices = best_first(torch.tensor(scores, dtype=torch.float32))
+    assert indices.tolist() == sorted(range(len(entries)), key=lambda i: (-scores[i], i))
     keys = order_key(torch.tensor(scores, dtype=torch.float32), torch.tensor(positions, dtype=torch.int32))
     assert len(set(keys.tolist())) == len(entries) and int(keys.max()) < LAST
 

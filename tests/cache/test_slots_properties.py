@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minivlm.cache.cores import first_slots
 from minivlm.cache.counts import EntryCounts, SequenceState
-from minivlm.cache.slots import BUCKET, SlotLayout, bucket, first_slots
+from minivlm.cache.slots import BUCKET, LARGE_BUCKET, SlotLayout, bucket
 
 small = st.integers(0, 90)
 
@@ -35,9 +36,22 @@ def test_every_row_fits_its_layout_and_little_is_left_over(rows):
         assert layout.tail_start - vision.stop == counts.system
         assert prefilled.stop - layout.tail_start == counts.tail
         assert layout.tail_start + counts.tail_capacity <= layout.slots
-        assert counts.core + counts.system <= layout.core_width
     needed = max(counts.fixed for counts in rows) + max(counts.tail_capacity for counts in rows)
     assert layout.slots - needed <= 2 * (BUCKET - 1)
+
+
+@given(st.lists(st.lists(entry_counts(), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_a_grown_layout_holds_every_batch_and_nothing_more(batches):
+    layouts = [SlotLayout.of(rows, LARGE_BUCKET) for rows in batches]
+    grown = layouts[0]
+    for needed in layouts:
+        before, grown = grown, grown.grown(needed)
+        assert grown.tail_start >= max(before.tail_start, needed.tail_start)
+        assert grown.tail >= max(before.tail, needed.tail)
+        assert (grown == before) == (before.grown(needed) == before)
+    assert grown.tail_start == max(layout.tail_start for layout in layouts)
+    assert grown.tail == max(layout.tail for layout in layouts)
+    assert grown.tail_start % LARGE_BUCKET == grown.tail % LARGE_BUCKET == 0
 
 
 @given(entry_counts(), st.data())

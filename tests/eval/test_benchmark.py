@@ -20,7 +20,7 @@ from eval.speed import benchmark, contenders, machine, timing
 from eval.speed.benchmark_flags import parse_candidate
 from eval.speed.shapes import SHAPES, make_model, random_model, synthetic_prompts
 from minivlm.cache import accounting
-from minivlm.cache.buffers import choose_cores
+from minivlm.cache.cores import choose_cores
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.policies import preset
 from minivlm.errors import UserError

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from avl_cases import tiny_model
 from cache_helpers import prefill_prompts
-from minivlm.cache.buffers import choose_cores
+from minivlm.cache.cores import choose_cores
 from minivlm.cache.kv_cache import KVCache
 from minivlm.generation.compile import compiled_blocks, compiled_decode_step
 from minivlm.generation.steps import DecodeStep, decode_step, forward_step

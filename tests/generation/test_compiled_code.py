@@ -38,7 +38,7 @@ def test_a_token_is_written_in_place(name, how, step_kind):
     buffers = cache.layers[0]
     if step_kind == "core" and how == "gathering":  # keys and values that are read by index are never stored
         batch, kv_heads, slots, dim = buffers.k.shape
-        slots_read = buffers.core_slots.shape[1] + slots - buffers.layout.tail_start
+        slots_read = cache.core_slots.shape[2] + buffers.layout.tail
         assert slots_read < slots
         assert f"empty_strided_cpu(({batch}, {kv_heads}, 2, {slots_read})" in code  # the weights
         assert f"{slots_read}, {dim})" not in code

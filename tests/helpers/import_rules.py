@@ -21,6 +21,7 @@ LAYERS = (
     "minivlm.files",
     "minivlm.schema",
     "minivlm.tensor_files",
+    "minivlm.transfer",
     "minivlm.model",
     "minivlm.inputs",
     "minivlm.cache",

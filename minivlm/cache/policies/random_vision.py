@@ -10,6 +10,7 @@ from torch import Tensor
 from minivlm.cache.policies.avl import AdaptiveVision, AVLSettings
 from minivlm.cache.policy import Candidates, Policy
 from minivlm.errors import UserError
+from minivlm.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RandomVision(AdaptiveVision):
     def scores(self, candidates: Candidates) -> Tensor:
         number = (self.seed * 1_000_003 + candidates.sample) * 1_009 + candidates.layer_idx
         generator = torch.Generator().manual_seed(number % 2**63)
-        return torch.rand(candidates.attn.shape, generator=generator).to(candidates.attn.device)
+        return to_device(torch.rand(candidates.attn.shape, generator=generator), candidates.attn.device)
 
     def core_scores(self, candidates: Candidates, scores: Tensor) -> Tensor:
         return scores

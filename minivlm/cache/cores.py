@@ -1,0 +1,54 @@
+"""Which vision entries are the core: their choice after a refresh, and the list of slots that a core step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from minivlm.cache.ranking import best_of
+from minivlm.cache.state import CacheState
+
+
+def choose_cores(state: CacheState) -> None:
+    """Choose the cores anew, by each layer's `vision_attn`; rows that are not active keep theirs."""
+    active = state.active[:, None]  # [B, 1]
+    for layers, tail_start in _alike(state):
+        fixed, system, core, _ = state.counts[:, layers]  # each [layers, B, 1]
+        slots = torch.arange(tail_start, device=active.device)
+        is_vision = (slots >= tail_start - fixed) & (slots < tail_start - system)  # [layers, B, tail_start]
+        attn = torch.stack([buffers.vision_attn for buffers in state.layers[layers]])
+        chosen = best_of(torch.where(is_vision, attn, -1.0), core)
+        now = (chosen | (slots >= tail_start - system)).float()
+        for buffers, in_core_step in zip(state.layers[layers], now, strict=True):
+            before = buffers.in_core_step[:, :tail_start]
+            before.copy_(torch.where(active, in_core_step, before))
+    list_cores(state)
+
+
+def list_cores(state: CacheState) -> None:
+    """Bring `core_slots` up to date with the layers' marks. After a row's last slot, slot 0 is repeated."""
+    if state.core_slots is None:
+        return
+    for layers, tail_start in _alike(state):
+        marks = torch.stack([buffers.in_core_step[:, :tail_start] for buffers in state.layers[layers]])
+        state.core_slots[layers].copy_(first_slots(marks > 0, state.core_slots.shape[-1]))
+
+
+def first_slots(mask: Tensor, count: int) -> Tensor:
+    """Indices of the first `count` true entries of the last dimension of mask [..., n]; 0 where there are fewer."""
+    rank = (mask.cumsum(dim=-1) - 1).clamp(max=count)
+    slots = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+    listed = torch.zeros(*mask.shape[:-1], count + 1, dtype=torch.int64, device=mask.device)
+    return listed.scatter(-1, torch.where(mask, rank, count), slots)[..., :count]
+
+
+def _alike(state: CacheState) -> Iterator[tuple[slice, int]]:
+    """Runs of layers whose tails start at the same slot: many small choices cost far more than a large one."""
+    first = 0
+    for tail_start, run in groupby(state.layers, key=lambda buffers: buffers.layout.tail_start):
+        end = first + len(list(run))
+        yield slice(first, end), tail_start
+        first = end
