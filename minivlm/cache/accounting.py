@@ -72,11 +72,11 @@ def vision_in_tail(cache: KVCache, stored: Sequence[int]) -> Tensor:
     tails = torch.tensor([[cache.tail_length(layer, row, stored[row]) for row in range(rows)] for layer in layers])
     tails = to_device(tails, cache.device)[..., None, None]  # [L, B, 1, 1]
     found = []
-    for buffers, tail in zip(cache.layers, tails, strict=True):
+    for buffers, tail, next_place in zip(cache.layers, tails, cache.next_place, strict=True):
         start = buffers.layout.tail_start
         slots = torch.arange(buffers.layout.tail, device=cache.device)
         # Among the slots up to the first unused one, one is free: see `SlotLayout.live`.
-        live = (slots <= tail) & (slots != buffers.write_slot[..., None] - start)  # [B, H_kv, T]
+        live = (slots <= tail) & (slots != next_place[..., None])  # [B, H_kv, T]
         found.append((live & is_vision.gather(2, buffers.position[:, :, start:].long())).sum())
     return torch.stack(found)
 
@@ -121,7 +121,7 @@ def live_positions(cache: KVCache, layer_idx: int, row: int) -> Tensor:
     """Original positions [H_kv, n] of a row's entries: vision, system, tail."""
     buffers = cache.layers[layer_idx]
     tail = cache.tail_length(layer_idx, row, int(cache.stored[row]))
-    slots = buffers.layout.live(buffers.counts[row], tail, buffers.write_slot[row])
+    slots = buffers.layout.live(buffers.counts[row], tail, cache.next_place[layer_idx, row])
     return buffers.position[row].gather(1, slots)
 
 

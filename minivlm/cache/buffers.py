@@ -43,32 +43,23 @@ class LayerBuffers:
         # 1 for the slots of a core step: the core, the system prefix, and everything from `tail_start` on; 0 for the
         # other vision entries. Float, because a CPU makes a slower loop of a bool mask.
         self.in_core_step = zeros(batch, slots)
-        self.write_slot = zeros(batch, kv_heads, of=torch.int64)  # where the next token goes
-
-    def arrange(self, counts: Sequence[EntryCounts], tail: Tensor) -> None:
-        """Make room for what each row holds after prefill; tail [B, 1] counts its tail entries, on the device.
-
-        The caller writes the entries, and which of them are the core.
-        """
-        self.counts = counts
-        self.write_slot.copy_(self.layout.tail_start + tail)
 
     @property
     def nbytes(self) -> int:
         """Everything allocated: B · (slots · (H_kv · (2·D·itemsize + 4) + 4) + bookkeeping) bytes.
 
         Bookkeeping: 4 bytes a slot and head of the tail for scores, if there is a budget; 4 bytes a slot left of the
-        tail; 8 bytes a head for the slot of the next token.
+        tail.
         """
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> list[Tensor]:
         """Everything that a decode step reads or writes."""
         score = [] if self.score is None else [self.score]
-        return [self.k, self.v, self.position, self.vision_attn, self.in_core_step, self.write_slot, *score]
+        return [self.k, self.v, self.position, self.vision_attn, self.in_core_step, *score]
 
     def within(self, layout: SlotLayout) -> dict[str, Tensor]:
-        """By name, the tensors that buffers of a smaller layout would hold instead of these; nearly all are views."""
+        """By name, the tensors that buffers of a smaller layout would hold instead of these."""
         first = self.layout.tail_start - layout.tail_start
         slots = slice(first, first + layout.slots)
         score = {} if self.score is None else {"score": self.score[:, :, : layout.tail]}
@@ -78,7 +69,6 @@ class LayerBuffers:
             "position": self.position[:, :, slots],
             "vision_attn": self.vision_attn[:, first:],
             "in_core_step": self.in_core_step[:, slots],
-            "write_slot": self.write_slot - first,
             **score,
         }
 

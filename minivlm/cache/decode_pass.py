@@ -1,8 +1,9 @@
 """The decode pass: one token of each row, against everything that takes part in a step of its kind.
 
-A step writes its token into the slot that the previous step's eviction freed, or into the next unused one, attends, and
-only then chooses its own victim. Everything that depends on the step is read from tables by a tensor: no buffer grows
-or moves, and nothing waits for the device. Rows that have finished write nothing.
+A step writes its token into the place that the previous step's eviction freed, or into the next unused one, attends,
+and only then chooses its own victim. Everything that depends on the step is read from tables by a tensor: no buffer
+grows or moves, and nothing waits for the device. A row that has finished writes too, always where its next token would
+go, which nothing reads: its place does not move on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class DecodePass:
         step = state.stored[:, None]  # [B, 1]
         # For each distinct budget: entries used, whether one is evicted, first position that is protected; each [B, 1].
         self.numbers = [[numbers.gather(1, step) for numbers in table] for table in state.tables]
+        self._next_places: list[Tensor] = []  # [B, H_kv] of each layer that has run
 
     def survivors(self, layer_idx: int) -> None:
         """A step drops no hidden states."""
@@ -36,9 +38,10 @@ class DecodePass:
         state, buffers = self.state, self.state.layers[layer_idx]
         budget = state.policy.budget_at(layer_idx)
         used, evicts, protected_from = self.numbers[state.budget_group[layer_idx]]
+        place = state.next_place[layer_idx]  # [B, H_kv]
 
-        # 1. The token takes its slot.
-        self._write(buffers, k, v)
+        # 1. The token takes its place.
+        self._write(buffers, place, k, v)
 
         # 2. Attention; its weights are wanted where a budget or a refresh scores by them.
         want_weights = budget is not None or self.kind == "refresh"
@@ -57,30 +60,34 @@ class DecodePass:
             attn = weights[:, :, :tail_start].sum(dim=1) / q.shape[1]  # [B, tail_start]
             buffers.vision_attn.copy_(torch.where(state.active[:, None], attn, buffers.vision_attn))
 
-        # 4. The next token goes to the first unused slot, or to the slot of this step's victim.
-        next_place = used.expand_as(buffers.write_slot)
+        # 4. The next token goes to the first unused place, or to that of this step's victim.
+        next_place = used.expand_as(place)
         if budget is not None:
             assert weights is not None
             entry = Entries(self.position[:, None].expand(k.shape[:3]), k, v)
-            victim = self._victim(buffers, budget, weights[:, :, tail_start:], entry, used, protected_from)
+            victim = self._victim(buffers, budget, weights[:, :, tail_start:], entry, place, used, protected_from)
             next_place = torch.where(evicts.bool(), victim, next_place)
-        next_slot = buffers.layout.tail_start + next_place
-        buffers.write_slot.copy_(torch.where(state.active[:, None], next_slot, buffers.write_slot))
+        self._next_places.append(next_place)
         return out
 
-    def _write(self, buffers: LayerBuffers, k: Tensor, v: Tensor) -> None:
-        """Put the step's token where the last victim was; a row that has finished gets back what is there.
+    def finish(self) -> None:
+        """After the last layer: where each row's next token goes, in all layers at once."""
+        active = self.state.active[:, None]  # [B, 1]
+        next_place = torch.where(active, torch.stack(self._next_places), self.state.next_place)
+        self.state.next_place.copy_(next_place)
+
+    def _write(self, buffers: LayerBuffers, place: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put the step's token into its place [B, H_kv] in the tail.
 
         By indexed assignment: of a `scatter_` inductor makes two copies of the whole buffer.
         """
-        batch, kv_heads = buffers.write_slot.shape
+        batch, kv_heads = place.shape
         row = torch.arange(batch, device=k.device)[:, None]
         head = torch.arange(kv_heads, device=k.device)
-        where = (row, head, buffers.write_slot)  # [B, H_kv]
-        active = self.state.active[:, None]  # [B, 1]
-        buffers.position[where] = torch.where(active, self.position, buffers.position[where])
+        where = (row, head, buffers.layout.tail_start + place)  # [B, H_kv]
+        buffers.position[where] = self.position.expand_as(place)
         for buffer, new in ((buffers.k, k), (buffers.v, v)):
-            buffer[where] = torch.where(active[..., None], new[:, :, 0], buffer[where])
+            buffer[where] = new[:, :, 0]
 
     def _reading(self, layer_idx: int, buffers: LayerBuffers, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """What a step of fixed shape passes over: keys and values [B, H_kv, n, D], which of the n are live [B, n], and
@@ -118,6 +125,7 @@ class DecodePass:
         budget: TokenBudget,
         attn: Tensor,
         entry: Entries,
+        place: Tensor,
         used: Tensor,
         protected_from: Tensor,
     ) -> Tensor:
@@ -126,7 +134,7 @@ class DecodePass:
         assert buffers.score is not None
         slots = torch.arange(attn.shape[2], device=attn.device)
         live = (slots < used)[:, None]  # [B, 1, tail slots]
-        is_new = slots == buffers.write_slot[..., None] - buffers.layout.tail_start  # [B, H_kv, tail slots]
+        is_new = slots == place[..., None]  # [B, H_kv, tail slots]
         first_scores = check_scores(budget.first_scores(entry), tuple(entry.positions.shape), budget, "first_scores")
         score = torch.where(is_new, first_scores, buffers.score)
         score = budget.score_step(score, attn, live, is_new)

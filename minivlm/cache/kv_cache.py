@@ -143,7 +143,7 @@ class KVCache(CacheState):
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that a decode step reads or writes."""
-        yield from (self.counts, *self.tables, self.stored, self.answer_start, self.active)
+        yield from (self.counts, self.next_place, *self.tables, self.stored, self.answer_start, self.active)
         if self.core_slots is not None:
             yield self.core_slots
         for buffers in self.layers:

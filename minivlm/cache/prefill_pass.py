@@ -102,6 +102,7 @@ class PrefillPass:
         for i, each in enumerate(columns):
             self._store(buffers, i, each)
         if layer_idx == self.state.config.num_hidden_layers - 1:
+            self.state.next_place.copy_(self.state.counts[3])  # after the entries that stay
             list_cores(self.state)
         return out
 
@@ -133,7 +134,7 @@ class PrefillPass:
         position = position.expand(len(k), -1)  # [H_kv, S']
         if self.later:
             buffers, row = self.layers[layer_idx], self.rows[i]
-            slots = buffers.layout.live(past, past.tail, buffers.write_slot[row])  # [H_kv, n]
+            slots = buffers.layout.live(past, past.tail, self.state.next_place[layer_idx, row])  # [H_kv, n]
             head = torch.arange(len(k), device=k.device)[:, None]
             k = torch.cat((buffers.k[row][head, slots], k), dim=1)
             v = torch.cat((buffers.v[row][head, slots], v), dim=1)
@@ -174,9 +175,8 @@ class PrefillPass:
             )
             self.layers.insert(layer_idx, buffers)
         buffers = self.layers[layer_idx]
-        fixed, *_, tail = state.counts[:, layer_idx]
-        buffers.arrange(counts, tail)
-        buffers.mark_kept(slice(self.rows.start, self.rows.stop), fixed)
+        buffers.counts = counts
+        buffers.mark_kept(slice(self.rows.start, self.rows.stop), state.counts[0, layer_idx])
         return buffers
 
     def _store(self, buffers: LayerBuffers, i: int, columns: Columns) -> None:

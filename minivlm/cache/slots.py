@@ -58,14 +58,14 @@ class SlotLayout:
         """All entries that a row holds after prefill."""
         return slice(self.tail_start - counts.fixed, self.tail_start + counts.tail)
 
-    def live(self, counts: EntryCounts, tail: int, write_slot: Tensor) -> Tensor:
+    def live(self, counts: EntryCounts, tail: int, next_place: Tensor) -> Tensor:
         """Slots [H_kv, n] of a row's entries, `tail` of them in the tail, in the order of the layout.
 
-        write_slot [H_kv] is where the next token goes. If the last step evicted, that slot is a hole inside the tail;
-        then the entry in the last used slot counts in its place.
+        next_place [H_kv] is where in the tail the next token goes. If the last step evicted, that is a hole; then the
+        entry in the last used slot counts in its place.
         """
-        device = write_slot.device
-        fixed = torch.arange(self.tail_start - counts.fixed, self.tail_start, device=device).expand(len(write_slot), -1)
-        used = torch.arange(self.tail_start, self.tail_start + tail, device=device)
-        is_hole = used == write_slot[:, None]  # [H_kv, tail]; nowhere if the next token goes to the first unused slot
-        return torch.cat((fixed, torch.where(is_hole, self.tail_start + tail, used)), dim=1)
+        device = next_place.device
+        fixed = torch.arange(self.tail_start - counts.fixed, self.tail_start, device=device).expand(len(next_place), -1)
+        places = torch.arange(tail, device=device)
+        is_hole = places == next_place[:, None]  # [H_kv, tail]; nowhere if the next token goes to the first unused slot
+        return torch.cat((fixed, self.tail_start + torch.where(is_hole, tail, places)), dim=1)

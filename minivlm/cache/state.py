@@ -55,6 +55,8 @@ class CacheState:
         self.layers: list[LayerBuffers] = []
         # Entries of each layer and row after prefill: fixed, system, core and tail ones, [4, L, B, 1].
         self.counts = torch.zeros(4, config.num_hidden_layers, batch, 1, dtype=torch.int64, device=self.device)
+        # Where in its tail each head's next token goes, counted from the tail's start.
+        self.next_place = self.counts.new_zeros(config.num_hidden_layers, batch, config.num_key_value_heads)
         # The slots left of the tail that a core step reads [L, B, n], where it reads by index.
         self.core_slots: Tensor | None = None
         if self.gather and policy.interval > 1:

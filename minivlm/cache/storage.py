@@ -57,8 +57,10 @@ def save_cache(cache: KVCache, path: Path) -> None:
         raise UserError(f"{path}: an empty cache is not saved (expected one after a prefill)")
     tensors = {"stored": cache.stored, "active": cache.active}
     for layer_idx, buffers in enumerate(cache.layers):
-        by_name = buffers.within(SlotLayout.of(buffers.counts))
+        layout = SlotLayout.of(buffers.counts)
+        by_name = buffers.within(layout)
         tensors |= {f"layers.{layer_idx}.{name}": tensor for name, tensor in by_name.items()}
+        tensors[f"layers.{layer_idx}.write_slot"] = cache.next_place[layer_idx] + layout.tail_start
         counts = [[getattr(each, name) for name in _COUNTS] for each in buffers.counts]
         tensors[f"layers.{layer_idx}.counts"] = torch.tensor(counts)
     for row, sequence in enumerate(cache.sequences):
@@ -105,6 +107,7 @@ def load_cache(cache: KVCache, path: Path, dtype: torch.dtype) -> None:
     cache.num_turns, cache.step_kinds = stored.counters.turns, stored.counters.step_kinds
     cache.max_steps = stored.max_steps
     cache.begin_answer([buffers.counts for buffers in cache.layers])
+    cache.next_place.copy_(stored.next_place)
     list_cores(cache)
     cache.stored.copy_(stored.stored)
     cache.active.copy_(stored.active)
@@ -177,6 +180,7 @@ class _Stored:
             raise self._damaged("steps that do not agree")
         self.stored = self._read("stored", (batch,), torch.int64, (0, len(kinds)))
         self.active = self._read("active", (batch,), torch.bool)
+        self.next_place = torch.zeros(cache.next_place.shape, dtype=torch.int64)
         self.layers = [self._read_layer(layer_idx) for layer_idx in range(cache.config.num_hidden_layers)]
         if more := file.tensors.keys() - self.checksums:
             raise self._damaged(f"unexpected tensor {min(more)!r}")
@@ -212,11 +216,12 @@ class _Stored:
             "v": self._read(f"{prefix}.v", (batch, heads, slots, dim), self.dtype),
             "position": self._read(f"{prefix}.position", (batch, heads, slots), torch.int32, (0, context - 1)),
             "in_core_step": self._read(f"{prefix}.in_core_step", (batch, slots), torch.float32),
-            "write_slot": self._read(f"{prefix}.write_slot", (batch, heads), torch.int64, (left, slots - 1)),
             "vision_attn": self._read(f"{prefix}.vision_attn", (batch, left), torch.float32),
         }
         if scored:
             tensors["score"] = self._read(f"{prefix}.score", (batch, heads, slots - left), torch.float32)
+        write_slot = self._read(f"{prefix}.write_slot", (batch, heads), torch.int64, (left, slots - 1))
+        self.next_place[layer_idx] = write_slot - left
         buffers = LayerBuffers(
             SlotLayout.of(counts, cache.bucket_size),
             batch,
@@ -238,7 +243,6 @@ class _Stored:
             raise self._damaged(f"{prefix}.in_core_step")
         for name, tensor in tensors.items():
             held[name].copy_(tensor)
-        buffers.write_slot.copy_(tensors["write_slot"] + buffers.layout.tail_start - left)
         return buffers
 
     def _read_counts(self, layer_idx: int) -> list[EntryCounts]:

@@ -70,7 +70,9 @@ def forward_step(model: Llava, cache: KVCache, kind: StepKind, token: Tensor, st
     """
     position = cache.position
     cache.active.logical_and_(~torch.isin(token, stop) & (position[:, 0] < cache.config.context_length))
-    hidden = model(model.language_model.embed_tokens(token[:, None]), position, cache.decode(kind))
+    decode = cache.decode(kind)
+    hidden = model(model.language_model.embed_tokens(token[:, None]), position, decode)
+    decode.finish()
     cache.stored.add_(cache.active)
     return model.lm_head(hidden[:, 0])
 

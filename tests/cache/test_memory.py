@@ -167,7 +167,6 @@ def documented_bytes(buffers: LayerBuffers, scored: bool) -> int:
     per_row = slots * (kv_heads * (2 * head_dim * itemsize + 4) + 4)
     per_row += 4 * (slots - left) * kv_heads if scored else 0  # scores
     per_row += 4 * left  # vision_attn
-    per_row += 8 * kv_heads  # write_slot
     return batch * per_row
 
 
@@ -182,9 +181,8 @@ def test_allocated_bytes_are_the_documented_formula(name):
         scored = cache.policy.budget is not None
         step_tables = len(cache.tables) * 3 * 2 * bucket(new_tokens - 1) * 8
         assert sum(table.nbytes for table in cache.tables) == step_tables
-        total = (
-            step_tables + cache.counts.nbytes + cache.stored.nbytes + cache.answer_start.nbytes + cache.active.nbytes
-        )
+        counters = (cache.counts, cache.next_place, cache.stored, cache.answer_start, cache.active)
+        total = step_tables + sum(tensor.nbytes for tensor in counters)
         assert (cache.core_slots is not None) == (cache.gather and cache.policy.interval > 1)
         total += 0 if cache.core_slots is None else cache.core_slots.nbytes
         for buffers in cache.layers:

@@ -58,12 +58,12 @@ def test_a_grown_layout_holds_every_batch_and_nothing_more(batches):
 def test_live_slots_are_a_window_with_at_most_one_hole(counts, data):
     layout = SlotLayout.of([counts])
     tail = data.draw(st.integers(0, max(counts.tail_capacity - 1, 0)))
-    places = st.integers(layout.tail_start, layout.tail_start + tail)  # a hole in the tail, or the first unused slot
-    write_slot = data.draw(st.lists(places, min_size=1, max_size=4))
-    live = layout.live(counts, tail, torch.tensor(write_slot))
+    places = st.integers(0, tail)  # a hole in the tail, or the first unused slot
+    next_place = data.draw(st.lists(places, min_size=1, max_size=4))
+    live = layout.live(counts, tail, torch.tensor(next_place))
     window = range(layout.tail_start - counts.fixed, layout.tail_start + tail + 1)
-    for slots, hole in zip(live.tolist(), write_slot, strict=True):
-        assert sorted(slots) == [slot for slot in window if slot != hole]
+    for slots, place in zip(live.tolist(), next_place, strict=True):
+        assert sorted(slots) == [slot for slot in window if slot != layout.tail_start + place]
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4), st.integers(0, 9))

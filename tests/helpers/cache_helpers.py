@@ -136,7 +136,7 @@ class Replay:
             layout = buffers.layout
             for row, counts in enumerate(buffers.counts):
                 tail = self.cache.tail_length(layer_idx, row, int(self.cache.stored[row]))
-                live = layout.live(counts, tail, buffers.write_slot[row])
+                live = layout.live(counts, tail, self.cache.next_place[layer_idx, row])
                 dead = torch.ones(buffers.k.shape[1:3], dtype=torch.bool).scatter(1, live, False)  # [H_kv, slots]
                 buffers.k[row][dead] = torch.nan
                 buffers.v[row][dead] = torch.nan
