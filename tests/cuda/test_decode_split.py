@@ -144,7 +144,7 @@ def resources(kernel: Any, args: dict[str, Any], architecture: int, folder: Path
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and not name.isupper() and value % 16 == 0):
             aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
@@ -158,9 +158,11 @@ def resources(kernel: Any, args: dict[str, Any], architecture: int, folder: Path
 
 
 @pytest.mark.parametrize("want_weights", [False, True])
-def test_two_launches(want_weights):
-    names = [kernel.__name__ for kernel, _ in launched(4, 128, torch.bfloat16, True, want_weights)]
-    assert names == ["_parts_kernel", "_whole_kernel"]
+def test_two_launches_without_floats(want_weights):
+    """A float among the arguments would be of 64 bits in inductor's code, and so would be all that it is put into."""
+    found = launched(4, 128, torch.bfloat16, True, want_weights)
+    assert [kernel.__name__ for kernel, _ in found] == ["_parts_kernel", "_whole_kernel"]
+    assert all(isinstance(value, (torch.Tensor, int)) for _, args in found for value in args.values())
 
 
 @pytest.mark.slow
