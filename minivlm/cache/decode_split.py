@@ -11,7 +11,7 @@ across their rows where it gathers.
 """
 
 # Triton ships no types, and gives a kernel's arguments its own.
-# mypy: ignore-missing-imports, disable-error-code="no-untyped-def"
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def"
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _decode_split(
     weights = q.new_empty(batch, kv_heads, columns if want_weights else 0, dtype=torch.float32)
     scores = q.new_empty(batch, kv_heads, groups, columns if want_weights else 0, dtype=torch.float32)
     part = q.new_empty(batch, kv_heads, splits, groups, dim, dtype=torch.float32)
-    best, total = q.new_empty(2, batch, kv_heads, splits, groups, dtype=torch.float32).unbind()
+    best, total = (q.new_empty(part.shape[:-1], dtype=torch.float32) for _ in range(2))
     layout = {
         "KV_HEADS": kv_heads,
         "GROUPS": groups,
@@ -96,7 +96,7 @@ def _decode_split(
     listed = first if core_count is None else core_count
     wrap_triton(_parts_kernel)[(batch * kv_heads, splits)](
         q.contiguous(), k, v, first, end, index, listed, scores, part, best, total,
-        dim**-0.5, slots, width, tail_start, columns,
+        slots, width, tail_start, columns,
         # A tensor core takes 16 rows; float32 is multiplied without one.
         ROWS=padded_groups if is_float32 else max(16, padded_groups),
         BLOCK=_BLOCK // 2 if is_float32 else _BLOCK, **layout,
@@ -121,7 +121,7 @@ def split_count(pairs: int, columns: int) -> int:
 @triton.jit
 def _parts_kernel(
     q, k, v, first, end, core_slots, core_count, scores, part, best, total,
-    scale, slots, width, tail_start, columns,
+    slots, width, tail_start, columns,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     INDEXED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,8 @@ def _parts_kernel(
             column = slot
         at = slot[:, None] * DIM + channel[None]  # [BLOCK, CHANNELS], within a head
         key = tl.load(keys + at, is_live[:, None] & is_channel, 0.0)
-        x = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # [ROWS, BLOCK]
+        # The scale is no argument: of a Python float inductor makes one of 64 bits, and all after it were, too.
+        x = tl.dot(query, tl.trans(key), input_precision="ieee") * DIM**-0.5  # [ROWS, BLOCK]
         x = tl.where(is_live[None], x, float("-inf"))
         if WEIGHTS:
             tl.store(row_scores + group[:, None] * columns + column[None], x, is_head & is_live[None])

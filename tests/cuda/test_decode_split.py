@@ -135,8 +135,8 @@ def launched(groups: int, dim: int, dtype: torch.dtype, indexed: bool, want_weig
     return recorder.launches
 
 
-def resources(kernel: Any, args: dict[str, Any], architecture: int, folder: Path) -> tuple[int, int, int]:
-    """Registers of a thread, bytes of its stack and local memory, and bytes of shared memory, for Triton's defaults."""
+def compiled(kernel: Any, args: dict[str, Any], architecture: int) -> Any:
+    """What Triton makes of a launch with its defaults."""
     signature, constants, aligned = {}, {}, {}
     for place, (name, value) in enumerate(args.items()):
         if name.isupper():
@@ -144,23 +144,29 @@ def resources(kernel: Any, args: dict[str, Any], architecture: int, folder: Path
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and not name.isupper() and value % 16 == 0):
             aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+
+
+def resources(binary: Any, folder: Path) -> tuple[int, int, int]:
+    """Registers of a thread, bytes of its stack and local memory, and bytes of shared memory."""
     cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
+    cubin.write_bytes(binary.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said).groups())
-    return registers, stack + local, compiled.metadata.shared
+    return registers, stack + local, binary.metadata.shared
 
 
 @pytest.mark.parametrize("want_weights", [False, True])
-def test_two_launches(want_weights):
-    names = [kernel.__name__ for kernel, _ in launched(4, 128, torch.bfloat16, True, want_weights)]
-    assert names == ["_parts_kernel", "_whole_kernel"]
+def test_two_launches_without_floats(want_weights):
+    """A float among the arguments would be of 64 bits in inductor's code, and so would be all that it is put into."""
+    found = launched(4, 128, torch.bfloat16, True, want_weights)
+    assert [kernel.__name__ for kernel, _ in found] == ["_parts_kernel", "_whole_kernel"]
+    assert all(isinstance(value, (torch.Tensor, int)) for _, args in found for value in args.values())
 
 
 @pytest.mark.slow
@@ -171,7 +177,24 @@ def test_compiles_without_spills(architecture, dtype, groups, dim, tmp_path):
     """Registers hold all that a thread works on, and four programs fit on a multiprocessor of an A100."""
     for indexed, want_weights in product((False, True), repeat=2):
         for kernel, args in launched(groups, dim, dtype, indexed, want_weights):
-            registers, spilled, shared = resources(kernel, args, architecture, tmp_path)
+            registers, spilled, shared = resources(compiled(kernel, args, architecture), tmp_path)
             assert spilled == 0
             assert 4 * 128 * registers <= 65536
             assert 4 * (shared + 1024) <= 164 << 10  # the card itself takes 1 KiB a program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_neighbouring_lanes_read_neighbouring_bytes(architecture, dtype, indexed):
+    """A lane takes 16 bytes of a key or value, the next lane the next 16; so is every sector fetched by one request."""
+    code = compiled(*launched(1, 128, dtype, indexed, True)[0], architecture).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#blocked\d*) = (.*)$", code, re.MULTILINE))
+    used = re.findall(r"async_copy_global_to_local .*: tensor<\d+x128x!tt\.ptr<\w+>, (#blocked\d*)>", code)
+    assert len(used) >= 2  # keys and values
+    lanes = 128 * dtype.itemsize // 16  # of an entry
+    threads = f"threadsPerWarp = [{max(1, 32 // lanes)}, {min(lanes, 32)}]"
+    for layout in used:
+        assert f"sizePerThread = [1, {16 // dtype.itemsize}], {threads}" in layouts[layout]
+        assert "order = [1, 0]" in layouts[layout]

@@ -18,6 +18,7 @@ import triton
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.constant_folding import ConstantFolder
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -86,6 +87,7 @@ def pretended(card: Card) -> Iterator[None]:
         # A tensor made from numbers would else be copied to the card before it is a fake one.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(_constants_on_the_host())
+        DeviceProperties.create.cache_clear()  # of the card before
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _driver(card)()))
         yield
 

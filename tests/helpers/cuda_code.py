@@ -25,10 +25,23 @@ class Stored:
     dtype: str
 
 
-def kernel_sources(code: str) -> dict[str, str]:
-    """The source of each Triton kernel of a module, by the kernel's name."""
+@dataclass(frozen=True)
+class Source:
+    """A Triton kernel as the module has it."""
+
+    function: str  # its name in the text
+    text: str
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether it was written by hand."""
+        return "triton_heuristics.user_autotune" in self.text
+
+
+def kernel_sources(code: str) -> dict[str, Source]:
+    """The Triton kernels of a module, by the name under which it launches them."""
     return {
-        ast.unparse(node.targets[0]): ast.literal_eval(node.value.args[1])
+        ast.unparse(node.targets[0]): Source(*map(ast.literal_eval, node.value.args[:2]))
         for node in ast.parse(code).body
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.Call)
@@ -43,7 +56,7 @@ def launches(code: str, inputs: Mapping[str, str]) -> list[Launch]:
         name = ast.unparse(node.func)
         if name.endswith(".run"):
             name = name.removesuffix(".run")
-            sort = "custom" if "triton_heuristics.user_autotune" in sources[name] else "triton"
+            sort = "custom" if sources[name].is_custom else "triton"
         elif name.startswith(("extern_kernels.", "torch.ops.", "aten.")) or name.endswith((".copy_", ".item")):
             sort = "extern"
         elif name.startswith("cpp_"):

@@ -20,6 +20,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
+from cuda_code import Source
+
 
 @dataclass(frozen=True)
 class Build:
@@ -37,20 +39,22 @@ class Kernel:
     """A Triton kernel and the configurations among which inductor would choose by timing them."""
 
     name: str
+    is_custom: bool  # written by hand
     heuristic: str  # pointwise, reduction, persistent_reduction, user_autotune
     size_hints: dict[str, int] | None
     configs: list[str]
     builds: list[Build]  # of the first configurations, as many as were asked for
 
 
-def kernel(name: str, source: str, compiled: int | None = 0) -> Kernel:
+def kernel(name: str, source: Source, compiled: int | None = 0) -> Kernel:
     """Read a generated kernel, and compile the first `compiled` of its configurations; None: all of them.
 
     To be called within `pretended`, on a card like that for which the source was generated.
     """
-    with _loaded(name, source) as tuner:
+    with _loaded(source) as tuner:
         return Kernel(
             name,
+            source.is_custom,
             tuner.heuristic_type.name.lower(),
             tuner.size_hints,
             [_name(config) for config in tuner.configs],
@@ -59,19 +63,19 @@ def kernel(name: str, source: str, compiled: int | None = 0) -> Kernel:
 
 
 @contextmanager
-def _loaded(name: str, source: str) -> Iterator[CachingAutotuner]:
+def _loaded(source: Source) -> Iterator[CachingAutotuner]:
     with (
         mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
         inductor_config.patch(use_static_triton_launcher=False),
         tempfile.TemporaryDirectory() as folder,
     ):
-        file = Path(folder, f"{name}.py")  # Triton reads a kernel's source from its file
-        file.write_text(source)
-        spec = importlib.util.spec_from_file_location(name, file)
+        file = Path(folder, "kernel.py")  # Triton reads a kernel's source from its file
+        file.write_text(source.text)
+        spec = importlib.util.spec_from_file_location(source.function, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        yield getattr(module, name)
+        yield getattr(module, source.function)
 
 
 def _name(config: triton.Config) -> str:

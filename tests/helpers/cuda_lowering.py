@@ -40,9 +40,9 @@ from cuda_kernels import Kernel, kernel
 from eval.speed.shapes import SHAPES
 from minivlm.app import policy_flags
 from minivlm.cache.kv_cache import KVCache
-from minivlm.cache.prefill_pass import PrefillPass
 from minivlm.cache.settings import CacheSettings
 from minivlm.generation.compile import compiled_decode_step
+from minivlm.generation.steps import prefill_logits
 from minivlm.model.config import VisionConfig, VLMConfig
 from minivlm.model.llava import Llava
 
@@ -91,6 +91,8 @@ class _RealHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in (torch.ops.aten.pin_memory.default, torch.ops.aten._pin_memory.default):
+            return args[0]
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
             with self.fake:
@@ -98,31 +100,21 @@ class _RealHost(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class _BuffersAlone(PrefillPass):
-    """A prefill that makes the buffers of all layers and computes nothing."""
-
-    def __init__(self, state, plans, rows) -> None:
-        self.state, self.policy, self.layers, self.later = state, state.policy, state.layers, False
-        self.all_plans = plans
-        config = state.config
-        like = torch.empty(len(plans), config.num_key_value_heads, 1, config.head_dim, dtype=DTYPE, device=state.device)
-        for layer_idx in range(config.num_hidden_layers):
-            self._allocate(layer_idx, [self._plan(layer_idx, row) for row in range(len(plans))], like)
-
-
-def planned(task: Task, fake: FakeTensorMode) -> tuple[Llava, KVCache]:
+@torch.no_grad()
+def prefilled(task: Task, fake: FakeTensorMode) -> tuple[Llava, KVCache]:
     """A model on the card, and a cache right after the prefill of `task`'s prompt."""
     config = VLMConfig.from_dict(SHAPES[MODELS[task.shape]])
     text = replace(config.text, num_hidden_layers=task.layers)
     config = replace(config, text=text, vision=_TOWER, vision_feature_layers=(1,))
     with fake, torch.device("cuda"), _default_dtype(DTYPE):
         model = Llava(config).eval().requires_grad_(False)
-    mask = torch.zeros(sum(task.text) + task.vision, dtype=torch.bool)
-    mask[task.text[0] : task.text[0] + task.vision] = True
+    is_vision = torch.zeros(sum(task.text) + task.vision, dtype=torch.bool)
+    is_vision[task.text[0] : task.text[0] + task.vision] = True
     with _RealHost(fake):
         cache = KVCache(text, task.settings.build(task.layers), range(task.batch), device="cuda", static=True)
-        cache.prefill_pass = _BuffersAlone
-        cache.prefill([mask] * task.batch, task.new_tokens)
+        (prefill,) = cache.prefill([is_vision] * task.batch, task.new_tokens)
+        embeds = torch.empty(task.batch, len(is_vision), text.hidden_size, dtype=DTYPE, device="cuda")
+        prefill_logits(model, prefill, embeds)
     return model, cache
 
 
@@ -164,7 +156,7 @@ def lower(task: Task, options: Mapping[str, Any] | None = None) -> Lowering:
         raise _Lowered
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model, cache = planned(task, fake)
+    model, cache = prefilled(task, fake)
     step = compiled_decode_step(torch.device("cuda")).keywords
     # In one piece: else inductor would record what it can and run the rest in between, without a word.
     settings = {"graph_partition": False, "fx_graph_cache": False, **(options or {})}

@@ -2,7 +2,8 @@
 
     python tests/helpers/triton_interpreter.py
 
-prints how many bytes of keys, values and index a decode step's attention loads, against those of its live entries.
+prints how many bytes of keys, values and index a decode step's attention loads, against those of its live entries. It
+takes some minutes.
 
 Triton decides when a kernel is defined whether it is interpreted, so this happens in a process of its own. What a
 kernel asks for is seen, load by load; which lane of a warp asks is the compiler's choice and is not.
