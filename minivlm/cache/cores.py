@@ -16,11 +16,11 @@ def choose_cores(state: CacheState) -> None:
     """Choose the cores anew, by each layer's `vision_attn`; rows that are not active keep theirs."""
     active = state.active[:, None]  # [B, 1]
     for layers, tail_start in _alike(state):
-        fixed, system, core, _ = state.counts[:, layers]  # each [layers, B, 1]
+        fixed, system, core, _ = state.counts[:, layers]  # each [layers, B, 1]; the core with the system prefix
         slots = torch.arange(tail_start, device=active.device)
         is_vision = (slots >= tail_start - fixed) & (slots < tail_start - system)  # [layers, B, tail_start]
         attn = torch.stack([buffers.vision_attn for buffers in state.layers[layers]])
-        chosen = best_of(torch.where(is_vision, attn, -1.0), core)
+        chosen = best_of(torch.where(is_vision, attn, -1.0), core - system)
         now = (chosen | (slots >= tail_start - system)).float()
         for buffers, in_core_step in zip(state.layers[layers], now, strict=True):
             before = buffers.in_core_step[:, :tail_start]

@@ -40,27 +40,43 @@ class DecodePass:
         used, evicts, protected_from = self.numbers[state.budget_group[layer_idx]]
         place = state.next_place[layer_idx]  # [B, H_kv]
 
-        # 1. The token takes its place.
-        self._write(buffers, place, k, v)
-
-        # 2. Attention; its weights are wanted where a budget or a refresh scores by them.
+        # 1. The token takes its place, and attends; the weights are wanted where a budget or a refresh scores by them.
         want_weights = budget is not None or self.kind == "refresh"
-        tail_start = buffers.layout.tail_start
-        if state.static:
-            keys, values, live, tail_start = self._reading(layer_idx, buffers, used)
-            out, weights = attention.decode_static(q, keys, values, live, want_weights)
+        tail_start = buffers.layout.tail_start  # its column
+        if state.decode_split is not None:
+            fixed, _, listed, _ = state.counts[:, layer_idx]
+            core_slots = None
+            if self.kind == "core" and state.core_slots is not None:
+                core_slots = state.core_slots[layer_idx]
+                tail_start = core_slots.shape[1]
+            out, weights = state.decode_split(
+                (q, k, v, self.position),
+                (buffers.k, buffers.v, buffers.position),
+                place,
+                used,
+                fixed,
+                buffers.layout.tail_start,
+                want_weights,
+                core_slots,
+                None if core_slots is None else listed,
+            )
         else:
-            core = buffers.in_core_step > 0 if self.kind == "core" else None
-            spans = self._spans(layer_idx, buffers)
-            out, weights = attention.decode_plain(q, buffers.k, buffers.v, spans, core, want_weights)
+            self._write(buffers, place, k, v)
+            if state.static:
+                keys, values, live, tail_start = self._reading(layer_idx, buffers, used)
+                out, weights = attention.decode_static(q, keys, values, live, want_weights)
+            else:
+                core = buffers.in_core_step > 0 if self.kind == "core" else None
+                spans = self._spans(layer_idx, buffers)
+                out, weights = attention.decode_plain(q, buffers.k, buffers.v, spans, core, want_weights)
 
-        # 3. A refresh notes what attention the image entries get, for the choice of the core.
+        # 2. A refresh notes what attention the image entries get, for the choice of the core.
         if self.kind == "refresh":
             assert weights is not None
             attn = weights[:, :, :tail_start].sum(dim=1) / q.shape[1]  # [B, tail_start]
             buffers.vision_attn.copy_(torch.where(state.active[:, None], attn, buffers.vision_attn))
 
-        # 4. The next token goes to the first unused place, or to that of this step's victim.
+        # 3. The next token goes to the first unused place, or to that of this step's victim.
         next_place = used.expand_as(place)
         if budget is not None:
             assert weights is not None
@@ -93,7 +109,7 @@ class DecodePass:
         """What a step of fixed shape passes over: keys and values [B, H_kv, n, D], which of the n are live [B, n], and
         where among them the tail starts."""
         layout = buffers.layout
-        fixed, system, core, _ = self.state.counts[:, layer_idx]  # each [B, 1]
+        fixed, _, core, _ = self.state.counts[:, layer_idx]  # each [B, 1]
         slots = torch.arange(layout.slots, device=used.device)
         live = (slots >= layout.tail_start - fixed) & (slots < layout.tail_start + used)
         if self.kind == "core":
@@ -103,7 +119,7 @@ class DecodePass:
         # Only what the core step needs, by index.
         core_slots = self.state.core_slots[layer_idx]
         batch, width = core_slots.shape
-        listed = torch.arange(width, device=used.device) < core + system  # [B, width]; the rest of the list is padding
+        listed = torch.arange(width, device=used.device) < core  # [B, width]; the rest of the list is padding
         index = torch.cat((core_slots, slots[layout.tail_start :].expand(batch, -1)), dim=1)  # [B, n]
         row = torch.arange(batch, device=used.device)[:, None, None]
         head = torch.arange(buffers.k.shape[1], device=used.device)[:, None]

@@ -1,8 +1,11 @@
-"""Single-query attention on CUDA, split over the sequence: two Triton kernels, after Flash-Decoding.
+"""A decode step's attention on CUDA, split over the sequence: two Triton kernels, after Flash-Decoding.
 
 At small batches there are fewer heads than multiprocessors, so each head's live entries are shared out among several
 programs (Dao, Haziza, Massa, Sizov, 2023: https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The first kernel
 leaves, for each share, the weighted values with their maximum and sum; the second puts the shares together.
+
+The first kernel also writes the step's token where it belongs. Its key and value are never read back: the first share
+of each head adds them from registers, and all shares pass over their place. So no program waits for another.
 
 What is shared out are a row's live entries, numbered from 0, and not the buffer's slots: dead slots are never loaded,
 however large the buffer is, and all programs of a row have work. The grid depends on shapes alone. `decode_static` in
@@ -30,45 +33,53 @@ _MAX_SPLITS = 64  # the second kernel holds that many results of a head at once
 
 
 def decode_split(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    end: Tensor,
+    token: tuple[Tensor, Tensor, Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor, Tensor],
+    place: Tensor,
+    used: Tensor,
+    fixed: Tensor,
+    tail_start: int,
     want_weights: bool,
     core_slots: Tensor | None = None,
-    core_count: Tensor | None = None,
-    tail_start: int = 0,
+    listed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One query per row, q [B, H, 1, D], over the live slots of k and v [B, H_kv, slots, D].
+    """Write one token of each row into a layer's buffers, and attend to all that is live.
 
-    Without `core_slots` a row's live slots are first <= slot < end, both int64 [B], and there is a column per slot.
-    With `core_slots`, int64 [B, width], they are its first `core_count` [B] numbers, all left of `tail_start`, and
-    tail_start <= slot < end; the columns are those of the list, then the tail's. Every row has a live slot.
+    The token is its query [B, H, 1, D], its key and value [B, H_kv, 1, D] and its position, int32 [B, 1]. The buffers
+    are those of keys and values [B, H_kv, slots, D] and of positions, int32 [B, H_kv, slots]. `place` [B, H_kv] says
+    where in the tail the token goes, and counts among the `used` [B, 1] places. All numbers are int64.
+
+    A row's live slots are the `fixed` [B, 1] ones left of `tail_start` and the used ones from there on; there is a
+    column per slot. With `core_slots` [B, width] they are its first `listed` [B, 1] numbers, all left of `tail_start`,
+    and the used ones; the columns are those of the list, then the tail's.
 
     Returns the output [B, H, 1, D] and, if wanted, the weights in float32 summed over each group of query heads,
-    [B, H_kv, columns], exactly 0 where nothing is live. Raises ValueError for a tensor, `q` aside, that is not
-    contiguous: the kernels read them in place.
+    [B, H_kv, columns], exactly 0 where nothing is live. Raises ValueError for buffers that are not contiguous: the
+    kernels write them in place.
     """
-    tensors = {"k": k, "v": v, "first": first, "end": end, "core_slots": core_slots, "core_count": core_count}
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} of {tuple(tensor.shape)}")
-    out, weights = _decode_split(q, k, v, first, end, want_weights, core_slots, core_count, tail_start)
+    for tensor in buffers:
+        if not tensor.is_contiguous():
+            raise ValueError(f"a buffer is not contiguous: strides {tensor.stride()} of {tuple(tensor.shape)}")
+    out, weights = _decode_split(*token, *buffers, place, used, fixed, core_slots, listed, tail_start, want_weights)
     return out, weights if want_weights else None
 
 
-@triton_op("minivlm::decode_split", mutates_args={})
+@triton_op("minivlm::decode_split", mutates_args={"k", "v", "positions"})
 def _decode_split(
     q: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    position: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor,
-    end: Tensor,
-    want_weights: bool,
+    positions: Tensor,
+    place: Tensor,
+    used: Tensor,
+    fixed: Tensor,
     core_slots: Tensor | None,
-    core_count: Tensor | None,
+    listed: Tensor | None,
     tail_start: int,
+    want_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same as an operator of torch's, whose kernels inductor sees. It cannot return None: unwanted weights have no
     columns."""
@@ -83,6 +94,7 @@ def _decode_split(
     scores = q.new_empty(batch, kv_heads, groups, columns if want_weights else 0, dtype=torch.float32)
     part = q.new_empty(batch, kv_heads, splits, groups, dim, dtype=torch.float32)
     best, total = (q.new_empty(part.shape[:-1], dtype=torch.float32) for _ in range(2))
+    before = fixed if listed is None else listed  # live entries left of the tail
     layout = {
         "KV_HEADS": kv_heads,
         "GROUPS": groups,
@@ -92,18 +104,19 @@ def _decode_split(
         "WEIGHTS": want_weights,
     }
     padded_groups, is_float32 = triton.next_power_of_2(groups), q.dtype == torch.float32
-    index = first if core_slots is None else core_slots  # never read without a list
-    listed = first if core_count is None else core_count
     wrap_triton(_parts_kernel)[(batch * kv_heads, splits)](
-        q.contiguous(), k, v, first, end, index, listed, scores, part, best, total,
-        slots, width, tail_start, columns,
+        q.contiguous(), new_k.contiguous(), new_v.contiguous(), position.contiguous(), k, v, positions,
+        place.contiguous(), used.contiguous(), before.contiguous(),
+        before if core_slots is None else core_slots,  # without a list nothing is read there
+        scores, part, best, total, slots, width, tail_start, columns,
         # A tensor core takes 16 rows; float32 is multiplied without one.
         ROWS=padded_groups if is_float32 else max(16, padded_groups),
         BLOCK=_BLOCK // 2 if is_float32 else _BLOCK, **layout,
     )  # fmt: skip
     blocks = triton.cdiv(columns, _COLUMNS) if want_weights else 0
     wrap_triton(_whole_kernel)[(batch * kv_heads, groups + blocks)](
-        scores, part, best, total, first, end, listed, out, weights, splits, width, tail_start, columns,
+        scores, part, best, total, used.contiguous(), before.contiguous(), out, weights,
+        splits, width, tail_start, columns,
         ROWS=padded_groups, SPLITS=triton.next_power_of_2(splits), BLOCK=_COLUMNS, **layout,
     )  # fmt: skip
     return out, weights
@@ -120,7 +133,7 @@ def split_count(pairs: int, columns: int) -> int:
 
 @triton.jit
 def _parts_kernel(
-    q, k, v, first, end, core_slots, core_count, scores, part, best, total,
+    q, new_k, new_v, position, k, v, positions, place, used, before, core_slots, scores, part, best, total,
     slots, width, tail_start, columns,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     INDEXED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -136,7 +149,10 @@ def _parts_kernel(
     is_head, is_channel = (group < GROUPS)[:, None], (channel < DIM)[None]
     query = tl.load(q + (pair * GROUPS + group[:, None]) * DIM + channel[None], is_head & is_channel, 0.0)
 
-    first_slot, listed, live = _live_entries(row, first, end, core_count, tail_start, INDEXED)
+    # The row's entries are numbered: first those left of the tail, then the used places of the tail.
+    left = tl.load(before + row).to(tl.int32)
+    live = left + tl.load(used + row).to(tl.int32)
+    new_entry = left + tl.load(place + pair).to(tl.int32)
     share = tl.cdiv(tl.cdiv(live, splits), BLOCK) * BLOCK
     stop = tl.minimum(split * share + share, live)
     keys, values = k + pair * slots * DIM, v + pair * slots * DIM
@@ -145,16 +161,30 @@ def _parts_kernel(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     weight_sum = tl.zeros([ROWS], tl.float32)
     value_sum = tl.zeros([ROWS, CHANNELS], tl.float32)
+    if split == 0:  # the token itself
+        slot = tail_start + new_entry - left
+        is_d = channel < DIM
+        key, value = tl.load(new_k + pair * DIM + channel, is_d, 0.0), tl.load(new_v + pair * DIM + channel, is_d, 0.0)
+        tl.store(keys + slot * DIM + channel, key, is_d)
+        tl.store(values + slot * DIM + channel, value, is_d)
+        tl.store(positions + pair * slots + slot, tl.load(position + row))
+        maximum = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None], 1) * DIM**-0.5  # [ROWS]
+        weight_sum += 1.0
+        value_sum += value.to(tl.float32)[None]
+        if WEIGHTS:
+            column = width + new_entry - left if INDEXED else slot
+            tl.store(row_scores + group * columns + column, maximum, group < GROUPS)
+
     for start in range(split * share, stop, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        is_live = entry < stop
+        is_live = (entry < stop) & (entry != new_entry)
         if INDEXED:
-            in_list = entry < listed
+            in_list = entry < left
             slot = tl.load(index + entry, in_list & is_live, 0).to(tl.int32)
-            slot = tl.where(in_list, slot, tail_start + entry - listed)
-            column = tl.where(in_list, entry, width + entry - listed)
+            slot = tl.where(in_list, slot, tail_start + entry - left)
+            column = tl.where(in_list, entry, width + entry - left)
         else:
-            slot = first_slot + entry
+            slot = tail_start + entry - left
             column = slot
         at = slot[:, None] * DIM + channel[None]  # [BLOCK, CHANNELS], within a head
         key = tl.load(keys + at, is_live[:, None] & is_channel, 0.0)
@@ -164,7 +194,8 @@ def _parts_kernel(
         if WEIGHTS:
             tl.store(row_scores + group[:, None] * columns + column[None], x, is_head & is_live[None])
         new_maximum = tl.maximum(maximum, tl.max(x, 1))
-        decay, weight = tl.exp(maximum - new_maximum), tl.exp(x - new_maximum[:, None])
+        top = tl.where(new_maximum > float("-inf"), new_maximum, 0.0)  # the token may be a block's only live entry
+        decay, weight = tl.exp(maximum - top), tl.exp(x - top[:, None])
         value = tl.load(values + at, is_live[:, None] & is_channel, 0.0)
         added = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         value_sum = value_sum * decay[:, None] + added
@@ -180,7 +211,7 @@ def _parts_kernel(
 
 @triton.jit
 def _whole_kernel(
-    scores, part, best, total, first, end, core_count, out, weights, splits, width, tail_start, columns,
+    scores, part, best, total, used, before, out, weights, splits, width, tail_start, columns,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     INDEXED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -207,25 +238,12 @@ def _whole_kernel(
         sums = tl.sum(tl.exp(maxima - top[None]) * tl.load(total + results, is_result, 0.0), 0)
         sums = tl.where(is_head, sums, 1.0)  # [ROWS]
 
-        first_slot, listed, live = _live_entries(pair // KV_HEADS, first, end, core_count, tail_start, INDEXED)
+        left, in_tail = tl.load(before + pair // KV_HEADS), tl.load(used + pair // KV_HEADS)
         if INDEXED:
-            is_live = (column < listed) | ((column >= width) & (column - width < live - listed))
+            is_live = (column < left) | ((column >= width) & (column < width + in_tail))
         else:
-            is_live = (column >= first_slot) & (column < first_slot + live)
+            is_live = (column >= tail_start - left) & (column < tail_start + in_tail)
         at = (pair * GROUPS + group[:, None]) * columns + column[None]
         x = tl.load(scores + at, is_head[:, None] & is_live[None], float("-inf"))  # [ROWS, BLOCK]
         weight = tl.sum(tl.exp(x - top[:, None]) / sums[:, None], 0)
         tl.store(weights + pair * columns + column, weight, column < columns)
-
-
-@triton.jit
-def _live_entries(row, first, end, core_count, tail_start, INDEXED: tl.constexpr):
-    """A row's first live slot, how many of its live entries are listed, and how many there are."""
-    last = tl.load(end + row).to(tl.int32)
-    if INDEXED:
-        first_slot = tail_start
-        listed = tl.load(core_count + row).to(tl.int32)
-    else:
-        first_slot = tl.load(first + row).to(tl.int32)
-        listed = 0
-    return first_slot, listed, listed + tl.maximum(last - first_slot, 0)

@@ -105,7 +105,7 @@ class KVCache(CacheState):
 
         counts are what each row will hold after prefill, by layer.
         """
-        numbers = [[(row.fixed, row.system, row.core, row.tail) for row in layer] for layer in counts]
+        numbers = [[(row.fixed, row.system, row.core + row.system, row.tail) for row in layer] for layer in counts]
         self.counts.copy_(self._sent(numbers).permute(2, 0, 1)[..., None])  # [4, L, B, 1]
         if self.core_slots is not None:
             width = bucket(max(row.core + row.system for layer in counts for row in layer), self.bucket_size)

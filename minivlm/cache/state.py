@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -39,6 +40,12 @@ class CacheState:
         self.device = torch.device(device)
         self.static = static
         self.gather = static and (self.device.type == "cuda" if gather is None else gather)
+        # The attention of a static step on CUDA, where Triton is; elsewhere `attention.decode_static`.
+        self.decode_split: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+        if static and self.device.type == "cuda":
+            from minivlm.cache.decode_split import decode_split
+
+            self.decode_split = decode_split
         policy.check_layers(config.num_hidden_layers)
         by_layer = [policy.budget_at(layer_idx) for layer_idx in range(config.num_hidden_layers)]
         # Layers with equal token budgets share their counts.
@@ -53,7 +60,7 @@ class CacheState:
 
         # On the device.
         self.layers: list[LayerBuffers] = []
-        # Entries of each layer and row after prefill: fixed, system, core and tail ones, [4, L, B, 1].
+        # Entries of each layer and row after prefill: fixed, system, core with system, and tail ones, [4, L, B, 1].
         self.counts = torch.zeros(4, config.num_hidden_layers, batch, 1, dtype=torch.int64, device=self.device)
         # Where in its tail each head's next token goes, counted from the tail's start.
         self.next_place = self.counts.new_zeros(config.num_hidden_layers, batch, config.num_key_value_heads)
