@@ -1,7 +1,7 @@
 """Whole prefills and decode steps on the emulated device: the CPU's results, one device, and where the host waits.
 
-On a real GPU the host runs ahead of the device. Where it waits, the device runs dry afterwards; so the layers of a
-prefill and the steps of an answer may not wait at all, whatever the policy.
+On a real GPU the host runs ahead of the device. Where it waits, the device runs dry afterwards. So neither the layers
+of a prefill nor a step may wait, whatever the policy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from avl_cases import tiny_model
-from device_waits import Sync, listed
+from device_waits import Sync, by_minivlm, listed
 from emulated_cuda import EmulatedCuda, numbers
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.settings import CacheSettings
@@ -29,8 +29,9 @@ LAYERS, STEPS, STOP = 3, 7, 2
 TURNS = [[(3, 90, 12), (2, 84, 9)], [(4,), (3, 10, 9)]]
 
 # How often the host waits:
-IN_A_PREFILLS_LAYERS = 0  # in all of them together
 IN_A_STEP = 0  # of any kind, the choice of cores included
+IN_A_PREFILLS_LAYERS = 0  # in all of them together
+AROUND_THEM = (0, 1)  # in the rest of each turn's prefill; a later turn asks what the last answer has stored
 
 QUICK = ("full", "avl, h2o text, filter", "h2o", "random")
 CASES = [
@@ -52,7 +53,8 @@ class Conversation:
     device: str
     cuda: EmulatedCuda | None = None
     logits: list[Tensor] = field(default_factory=list)
-    layers: list[list[Sync]] = field(default_factory=list)  # by turn: in the prefill's layers
+    prefills: list[list[Sync]] = field(default_factory=list)  # by turn
+    layers: list[list[Sync]] = field(default_factory=list)  # by turn: those of them in the decoder
     steps: list[list[Sync]] = field(default_factory=list)  # by step
 
     @torch.no_grad()
@@ -63,8 +65,10 @@ class Conversation:
         for turn, batch in enumerate(TURNS):
             prompts = [prompt_ids(model, *parts, seed=turn + row) for row, parts in enumerate(batch)]
             features = [image.to(self.device) for ids in prompts for image in image_features(model, ids)]
+            before = len(self._syncs)
             with self._layers_watched(model.language_model):
                 self.logits.append(prefill_step(model, cache, prompts, features, STEPS + 1))
+            self.prefills.append(self._syncs[before:])
             for step in range(STEPS):
                 token = torch.tensor([10 + step, STOP if step == 4 else 30 + step], device=self.device)
                 before = len(self._syncs)
@@ -78,7 +82,7 @@ class Conversation:
 
     @contextmanager
     def _layers_watched(self, decoder: nn.Module) -> Iterator[None]:
-        """Note where the host waits in the decoder's layers."""
+        """Note where the host waits in the decoder."""
         before: list[int] = []
         enters = decoder.register_forward_pre_hook(lambda *_: before.append(len(self._syncs)))
         leaves = decoder.register_forward_hook(lambda *_: self.layers.append(self._syncs[before.pop() :]))
@@ -98,9 +102,11 @@ def test_a_conversation_is_that_of_the_cpu_and_waits_for_nothing(name, heads, de
     assert cache.gather == (decode == "gathering")  # as a static cache on CUDA chooses
     for ours, expected in zip(on_device.logits, on_cpu.logits, strict=True):
         torch.testing.assert_close(numbers(ours), expected, rtol=1e-5, atol=1e-5)
-    for turn, syncs in enumerate(on_device.layers):
-        count = len(syncs)
-        assert count == IN_A_PREFILLS_LAYERS, f"in the layers of turn {turn}'s prefill:\n{listed(syncs)}"
     for kind, syncs in zip(cache.step_kinds, on_device.steps[-STEPS:], strict=True):
         count = len(syncs)
         assert count == IN_A_STEP, f"in a {kind} step:\n{listed(syncs)}"
+    for prefill, layers, around in zip(on_device.prefills, on_device.layers, AROUND_THEM, strict=True):
+        count = len(layers)
+        assert count == IN_A_PREFILLS_LAYERS, f"in the layers of a prefill:\n{listed(layers)}"
+        count = len(by_minivlm(prefill)) - len(layers)
+        assert count == around, f"in a whole prefill:\n{listed(by_minivlm(prefill))}"

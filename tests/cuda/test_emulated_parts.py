@@ -20,7 +20,7 @@ import tiny
 import weights
 from avl_cases import tiny_model
 from cli_helpers import Ran, call, generate, script, write_pages
-from device_waits import listed
+from device_waits import by_minivlm, listed
 from emulated_cuda import DeviceTensor, EmulatedCuda, numbers
 from golden_helpers import GOLDEN
 from minivlm import VLM, Request, Sampling, UserError
@@ -78,6 +78,7 @@ def test_each_token_is_waited_for_once_and_a_step_late(name, sampling):
             return decode_step(*arguments)
 
         answer = generation(copy.deepcopy(MODEL).to("cuda"), "cuda", name, SAMPLINGS[sampling], step=step)
+        assert len(by_minivlm(cuda.syncs)) == 1, listed(by_minivlm(cuda.syncs))  # for the first token
         cuda.syncs.clear()
         tokens = list(answer)
         assert all(sync.is_event for sync in cuda.syncs), listed(cuda.syncs)

@@ -51,6 +51,11 @@ def listed(syncs: Iterable[Sync]) -> str:
     return "\n".join(f"{count} x {sync.line}: {sync.reason}" for sync, count in counts)
 
 
+def by_minivlm(syncs: Iterable[Sync]) -> list[Sync]:
+    """Those that the package itself causes, and not a test or a test's policy."""
+    return [sync for sync in syncs if sync.line.startswith("minivlm/")]
+
+
 def waits_for(func: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Why the host waits in an operation on tensors of the device, or None."""
     if func in (aten._local_scalar_dense.default, aten.equal.default):
