@@ -10,8 +10,10 @@ from torch import Tensor
 
 import tiny
 import weights
-from device_waits import Sync, listed
+from device_waits import Sync, by_minivlm, listed
 from emulated_cuda import EmulatedCuda, MixedDevices, OverwrittenWhileCopied, numbers
+from emulated_kernels import KERNELS
+from minivlm.cache.attention import decode_plain
 from minivlm.errors import UserError
 
 
@@ -169,6 +171,36 @@ def test_a_custom_operator_is_answered_by_a_function():
     with EmulatedCuda({"minivlm_tests::twice": answer}):
         assert twice(on_device(1.0, 2.0), 3).tolist() == [6.0, 12.0]
     assert asked == [("cpu", 3)]
+
+
+@pytest.mark.parametrize("cores", [None, [3, 0]], ids=["all that is live", "by index"])
+@pytest.mark.parametrize("want_weights", [True, False])
+def test_the_packages_kernel_is_answered_as_it_is_meant(cores, want_weights):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from minivlm.cache.decode_split import decode_split
+
+    random, slots, tail_start = torch.Generator().manual_seed(0), 12, 6
+    q, k, v = (torch.randn(2, heads, n, 8, generator=random) for heads, n in ((4, 1), (2, slots), (2, slots)))
+    spans, listed, core = [(1, 9), (5, 7)], torch.tensor([[4, 1, 2, 0], [0, 0, 0, 0]]), None
+    if cores is not None:
+        core = torch.arange(slots).expand(2, -1) >= tail_start
+        core[0, listed[0, :3]] = True
+    out, weights = decode_plain(q, k, v, spans, core, want_weights=True)
+    with EmulatedCuda(KERNELS) as cuda:
+        ends = torch.tensor(spans).T.contiguous().to("cuda")
+        index = () if cores is None else (listed.to("cuda"), torch.tensor(cores).to("cuda"), tail_start)
+        cuda.syncs.clear()
+        ours = decode_split(q.to("cuda"), k.to("cuda"), v.to("cuda"), *ends, want_weights, *index)
+        assert by_minivlm(cuda.syncs) == []
+    torch.testing.assert_close(numbers(ours[0]), out)
+    if not want_weights:
+        assert ours[1] is None
+        return
+    columns = torch.arange(slots).expand(2, -1)
+    if cores is not None:
+        columns = torch.cat((listed, columns[:, tail_start:]), dim=1)
+        weights[:, :, 0] = 0  # what pads the list
+    torch.testing.assert_close(numbers(ours[1]), weights.gather(2, columns[:, None].expand(-1, 2, -1)))
 
 
 @pytest.mark.parametrize("ends", ["well", "with an error"])
