@@ -32,7 +32,7 @@ pytestmark = [
 SHAPES = ("7b", "mistral")  # 32 key/value heads, and 8 for 32 query heads
 KINDS = ("core", "refresh", "full", "choose")
 CARDS = {1: "B200", 8: "H100", 32: "A100"}  # by batch: not every batch on every card
-LAUNCHES = {"core": 14, "refresh": 16, "full": 14, "choose": 6}  # that one more layer may cost
+LAUNCHES = {"core": 12, "refresh": 13, "full": 12, "choose": 4}  # that one more layer may cost
 
 
 @functools.cache
