@@ -14,7 +14,6 @@ import ast
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -274,4 +273,4 @@ def shown_kernel(each: Kernel) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
