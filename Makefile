@@ -9,7 +9,7 @@ CASES ?= 3000
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help demo test test-slow test-all fuzz lint format results clean
+.PHONY: help demo test test-slow test-all fuzz lint format results gpu clean
 
 help:  ## list the targets (what plain `make` does)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: $(VENV)/.installed-dev  ## repair what ruff can repair, and format the c
 
 results: $(VENV)/.installed-dev  ## measure the tables and pictures of docs/results.md again
 	$(BIN)/python scripts/results.py
+
+gpu: $(VENV)/.installed-dev  ## test and time on a GPU: see benchmarks/README.md
+	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove the environment, build folders and caches
 	rm -rf $(VENV) build *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

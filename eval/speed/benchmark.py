@@ -46,6 +46,8 @@ def run_benchmark(arguments: Sequence[str]) -> None:
     candidates = [parse_candidate(text, cache_flags, args.seed, args.compile) for text in args.policy]
     _refuse_repeated_labels([candidate.label for candidate in candidates] + args.peers)
     peers = {name: find_peer(name) for name in args.peers}
+    if not candidates and not any(peers.values()):
+        raise UserError("there is nothing to time (expected a policy, or a peer that is installed)")
     model = make_model(args.shape, args.device, args.dtype, args.seed, args.random_weights)
     device = model.lm_head.weight.device
     if args.largest_batch and device.type != "cuda":

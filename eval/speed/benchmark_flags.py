@@ -88,11 +88,12 @@ def _add_case_flags(parser: Parser) -> None:
     parser.flag("batch", type=int, nargs="+", default=[1], metavar="B", help="prompts answered at once (1)")
     parser.flag(
         "policy",
-        nargs="+",
+        nargs="*",
         default=["full"],
         metavar="POLICY",
         help="one quoted argument per policy: NAME, 'NAME FLAG...', or 'LABEL: NAME FLAG...'. The others are compared "
-        "to the first. Flags of the cache, and --compile, that stand outside hold for all policies (full)",
+        "to the first. Flags of the cache, and --compile, that stand outside hold for all policies. Without a value, "
+        "only peers are timed (full)",
     )
     parser.flag(
         "peers",

@@ -84,6 +84,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llava-v1.6-34b": _shape(7168, 20480, 60, 56, 8, 64064, 4096, rope_theta=5e6),
     "llama3-llava-next-8b": _shape(4096, 14336, 32, 32, 8, 128320, 8192, rope_theta=5e5),
     "cpu-268m": _shape(1024, 2752, 16, 16, 16, 32064, 4096, tower=_TINY_TOWER, dtype="float32"),
+    "cpu-tiny": _shape(64, 96, 2, 4, 2, 512, 2048, tower=_TINY_TOWER, dtype="float32"),
 }
 
 
