@@ -4,8 +4,8 @@ At small batches there are fewer heads than multiprocessors, so each head's live
 programs (Dao, Haziza, Massa, Sizov, 2023: https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The first kernel
 leaves, for each share, the weighted values with their maximum and sum; the second puts the shares together.
 
-The first kernel also writes the step's token where it belongs. Its key and value are never read back: the first share
-of each head adds them from registers, and all shares pass over their place. So no program waits for another.
+The first kernel also writes the step's token where it belongs. Its key and value are never read back: each head's first
+program adds them from registers, and all its programs pass over their place. So none has to wait for another.
 
 What is shared out are a row's live entries, numbered from 0, and not the buffer's slots: dead slots are never loaded,
 however large the buffer is, and all programs of a row have work. The grid depends on shapes alone. `decode_static` in
@@ -107,7 +107,7 @@ def _decode_split(
     wrap_triton(_parts_kernel)[(batch * kv_heads, splits)](
         q.contiguous(), new_k.contiguous(), new_v.contiguous(), position.contiguous(), k, v, positions,
         place.contiguous(), used.contiguous(), before.contiguous(),
-        before if core_slots is None else core_slots,  # without a list nothing is read there
+        before if core_slots is None else core_slots.contiguous(),  # without a list nothing is read there
         scores, part, best, total, slots, width, tail_start, columns,
         # A tensor core takes 16 rows; float32 is multiplied without one.
         ROWS=padded_groups if is_float32 else max(16, padded_groups),
@@ -152,7 +152,7 @@ def _parts_kernel(
     # The row's entries are numbered: first those left of the tail, then the used places of the tail.
     left = tl.load(before + row).to(tl.int32)
     live = left + tl.load(used + row).to(tl.int32)
-    new_entry = left + tl.load(place + pair).to(tl.int32)
+    new_place = tl.load(place + pair).to(tl.int32)  # the token's, counted from the tail's start
     share = tl.cdiv(tl.cdiv(live, splits), BLOCK) * BLOCK
     stop = tl.minimum(split * share + share, live)
     keys, values = k + pair * slots * DIM, v + pair * slots * DIM
@@ -162,22 +162,22 @@ def _parts_kernel(
     weight_sum = tl.zeros([ROWS], tl.float32)
     value_sum = tl.zeros([ROWS, CHANNELS], tl.float32)
     if split == 0:  # the token itself
-        slot = tail_start + new_entry - left
-        is_d = channel < DIM
-        key, value = tl.load(new_k + pair * DIM + channel, is_d, 0.0), tl.load(new_v + pair * DIM + channel, is_d, 0.0)
-        tl.store(keys + slot * DIM + channel, key, is_d)
-        tl.store(values + slot * DIM + channel, value, is_d)
+        slot = tail_start + new_place
+        new, in_entry = pair * DIM + channel, channel < DIM  # [CHANNELS]
+        key, value = tl.load(new_k + new, in_entry, 0.0), tl.load(new_v + new, in_entry, 0.0)
+        tl.store(keys + slot * DIM + channel, key, in_entry)
+        tl.store(values + slot * DIM + channel, value, in_entry)
         tl.store(positions + pair * slots + slot, tl.load(position + row))
         maximum = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None], 1) * DIM**-0.5  # [ROWS]
         weight_sum += 1.0
         value_sum += value.to(tl.float32)[None]
         if WEIGHTS:
-            column = width + new_entry - left if INDEXED else slot
+            column = width + new_place if INDEXED else slot
             tl.store(row_scores + group * columns + column, maximum, group < GROUPS)
 
     for start in range(split * share, stop, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        is_live = (entry < stop) & (entry != new_entry)
+        is_live = (entry < stop) & (entry != left + new_place)
         if INDEXED:
             in_list = entry < left
             slot = tl.load(index + entry, in_list & is_live, 0).to(tl.int32)

@@ -21,9 +21,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from minivlm.cache import decode_split as module  # noqa: E402
-from triton_interpreter import Step, both_ways, far_slots, interpreter, sectors_read  # noqa: E402
+from triton_interpreter import Step, both_ways, far_slots, interpreter, sectors_read, shared_elements  # noqa: E402
 
-RAGGED = Step(2, 2, 64, slots=320, tail_start=192, spans=[(0, 320), (70, 201), (191, 260)], want_weights=True)
+# The token goes into the middle of one head's tail, where an entry was evicted, and to the end of the other's.
+SPANS = [(0, 320), (70, 201), (191, 260)]
+RAGGED = Step(2, 2, 64, slots=320, tail_start=192, spans=SPANS, places=(0.5, 1.0), want_weights=True)
 CORES = {"cores": [50, 1, 0], "width": 96}
 ONE = Step(4, 4, 64, slots=128, tail_start=64, spans=[(64, 65)], want_weights=True)
 STEPS = {
@@ -40,12 +42,16 @@ STEPS = {
     "one live slot": ONE,
     "one live slot, by index": replace(ONE, cores=[0], width=32),
     "more shares than live slots": replace(ONE, slots=1024, spans=[(64, 70)]),
+    "the token alone in a share": replace(ONE, slots=1024, spans=[(64, 97)]),
+    "the token alone in a share, by index": replace(ONE, slots=1024, spans=[(0, 65)], cores=[32], width=32),
+    "the token in the first share and in the last": replace(RAGGED, tail_start=4, spans=[(0, 260)], places=(0.0, 1.0)),
     "a core without padding": replace(ONE, spans=[(0, 90)], cores=[32], width=32),
 }
 # A batch of different lengths, in buffers of which a third is live.
-IMAGES = Step(2, 1, 128, slots=4096, tail_start=3072, spans=[(3072 - n, 3072 + m) for n, m in ((2880, 70), (576, 9))])
+SPANS = [(3072 - 2880, 3072 + 70), (3072 - 576, 3072 + 9)]
+IMAGES = Step(2, 1, 128, slots=4096, tail_start=3072, spans=SPANS, places=(0.5,), want_weights=True)
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-6}, torch.bfloat16: {"rtol": 0.01, "atol": 0.005}}
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +63,32 @@ def run() -> Iterator[Callable[..., Any]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_agrees_with_the_readable_reference(run, step, dtype):
-    """Slots that take no part hold NaN throughout."""
-    found = run(both_ways, replace(step, dtype=dtype))
-    np.testing.assert_allclose(found["out"], found["expected_out"], **TOLERANCE[dtype])
+    """Slots that take no part hold NaN throughout, and so does the token's place before; in the buffers the token is
+    all that changes."""
+    found, expected = run(both_ways, replace(step, dtype=dtype))
+    for buffer in ("keys", "values", "positions"):
+        np.testing.assert_array_equal(found[buffer], expected[buffer])
+    np.testing.assert_allclose(found["out"], expected["out"], **TOLERANCE[dtype])
     assert (found["weights"] is not None) == step.want_weights
     if step.want_weights:
-        np.testing.assert_allclose(found["weights"], found["expected_weights"], rtol=2e-5, atol=1e-7)
-        assert not found["weights"][found["expected_weights"] == 0].any()
+        np.testing.assert_allclose(found["weights"], expected["weights"], rtol=2e-5, atol=1e-7)
+        assert not found["weights"][expected["weights"] == 0].any()
+
+
+@pytest.mark.parametrize("name", ["by index", "no weights", "the token in the first share and in the last"])
+def test_no_program_touches_what_another_writes(run, name):
+    """They run in any order, and at the same time."""
+    stored, shared = run(shared_elements, STEPS[name])
+    assert stored > 0
+    assert shared == 0
 
 
 @pytest.mark.parametrize("spans", [IMAGES.spans[:1], IMAGES.spans], ids=["batch 1", "ragged"])
 @pytest.mark.parametrize("core", [False, True], ids=["full", "core"])
 def test_loads_little_more_than_the_live_entries(run, spans, core):
-    """For a core of 30 % of the image as for all of it; counted are keys, values and the index."""
-    step = replace(IMAGES, spans=spans, want_weights=True)
+    """For a core of 30 % of the image as for all of it; counted are keys, values and the index. The token's place is
+    not loaded."""
+    step = replace(IMAGES, spans=spans)
     if core:
         step = replace(step, cores=[3 * (step.tail_start - first) // 10 for first, _ in spans], width=1024)
     reads = run(sectors_read, step)
@@ -100,11 +118,12 @@ def test_shares_are_small_only_where_programs_are_few(pairs, columns, splits):
     assert module.split_count(pairs, columns) == splits
 
 
-def test_refuses_what_it_would_read_wrongly():
-    k = torch.zeros(1, 8, 2, 64).transpose(1, 2)
-    numbers = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"v is not contiguous: strides \(1024, 64, 128, 1\) of \(1, 2, 8, 64\)"):
-        module.decode_split(torch.zeros(1, 2, 1, 64), k.contiguous(), k, numbers, numbers + 8, False)
+def test_refuses_buffers_that_it_would_write_wrongly():
+    tensor, v = torch.zeros(1, 2, 1, 64), torch.zeros(1, 8, 2, 64).transpose(1, 2)
+    numbers, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 2, 8, dtype=torch.int32)
+    token, buffers = (tensor, tensor, tensor, numbers.int()), (v.contiguous(), v, positions)
+    with pytest.raises(ValueError, match=r"not contiguous: strides \(1024, 64, 128, 1\) of \(1, 2, 8, 64\)"):
+        module.decode_split(token, buffers, numbers.expand(1, 2), numbers + 1, numbers, 4, False)
 
 
 class Recorder:
@@ -126,12 +145,17 @@ class Recorder:
 
 def launched(groups: int, dim: int, dtype: torch.dtype, indexed: bool, want_weights: bool) -> list[tuple[Any, dict]]:
     """What a step at batch 8 launches, with 8 key heads and an image of 2880 tokens."""
-    q, k = (torch.empty(8, *shape, dim, dtype=dtype, device="meta") for shape in ((8 * groups, 1), (8, 3328)))
-    numbers = torch.empty(8, dtype=torch.int64, device="meta")
-    index = (torch.empty(8, 1024, dtype=torch.int64, device="meta"), numbers, 3072) if indexed else ()
+    shapes = ((8 * groups, 1, dim), (8, 1, dim), (8, 1, dim), (8, 3328, dim), (8, 3328, dim))
+    q, new_k, new_v, k, v = (torch.empty(8, *shape, dtype=dtype, device="meta") for shape in shapes)
+    position, positions = (torch.empty(8, *shape, dtype=torch.int32, device="meta") for shape in ((1,), (8, 3328)))
+    place, used, fixed, listed, core_slots = (
+        torch.empty(8, n, dtype=torch.int64, device="meta") for n in (8, 1, 1, 1, 1024)
+    )
+    index = (core_slots, listed) if indexed else ()
     recorder = Recorder()
     with mock.patch.object(module, "wrap_triton", recorder):
-        module.decode_split(q, k, k, numbers, numbers, want_weights, *index)
+        token, buffers = (q, new_k, new_v, position), (k, v, positions)
+        module.decode_split(token, buffers, place, used, fixed, 3072, want_weights, *index)
     return recorder.launches
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import tiny
 import weights
-from device_waits import Sync, listed
+from device_waits import Sync, by_minivlm, listed
 from emulated_cuda import EmulatedCuda, MixedDevices, OverwrittenWhileCopied, numbers
+from emulated_kernels import KERNELS
+from minivlm.cache.attention import decode_plain
 from minivlm.errors import UserError
 
 
@@ -169,6 +171,48 @@ def test_a_custom_operator_is_answered_by_a_function():
     with EmulatedCuda({"minivlm_tests::twice": answer}):
         assert twice(on_device(1.0, 2.0), 3).tolist() == [6.0, 12.0]
     assert asked == [("cpu", 3)]
+
+
+@pytest.mark.parametrize("listed", [None, [3, 0]], ids=["all that is live", "by index"])
+@pytest.mark.parametrize("want_weights", [True, False])
+def test_the_packages_kernel_is_answered_as_it_is_meant(listed, want_weights):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from minivlm.cache.decode_split import decode_split
+
+    random, slots, tail_start = torch.Generator().manual_seed(0), 12, 6
+    shapes = ((4, 1), (2, 1), (2, 1), (2, slots), (2, slots))
+    q, new_k, new_v, k, v = (torch.randn(2, heads, n, 8, generator=random) for heads, n in shapes)
+    position, positions = torch.tensor([[20], [30]]).int(), torch.zeros(2, 2, slots).int()
+    place, used, fixed = torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3], [1]]), torch.tensor([[5], [1]])
+    core_slots, core = torch.tensor([[4, 1, 2, 0], [0, 0, 0, 0]]), None
+    with EmulatedCuda(KERNELS) as cuda:
+        on_device = {name: tensor.to("cuda") for name, tensor in locals().items() if isinstance(tensor, Tensor)}
+        token = [on_device[name] for name in ("q", "new_k", "new_v", "position")]
+        buffers = [on_device[name] for name in ("k", "v", "positions")]
+        counts = [on_device[name] for name in ("place", "used", "fixed")]
+        index = () if listed is None else (on_device["core_slots"], torch.tensor(listed).to("cuda")[:, None])
+        cuda.syncs.clear()
+        ours = decode_split(token, buffers, *counts, tail_start, want_weights, *index)
+        assert by_minivlm(cuda.syncs) == []
+
+    where = (torch.arange(2)[:, None], torch.arange(2), tail_start + place)
+    k[where], v[where], positions[where] = new_k[:, :, 0], new_v[:, :, 0], position.expand(2, 2)
+    for buffer, expected in zip(buffers, (k, v, positions), strict=True):
+        assert torch.equal(numbers(buffer), expected)
+    columns = torch.arange(slots).expand(2, -1)
+    if listed is not None:
+        core = columns >= tail_start
+        core[0, core_slots[0, :3]] = True
+    spans = [(tail_start - before, tail_start + after) for before, after in ((5, 3), (1, 1))]
+    out, weights = decode_plain(q, k, v, spans, core, want_weights=True)
+    torch.testing.assert_close(numbers(ours[0]), out)
+    if not want_weights:
+        assert ours[1] is None
+        return
+    if listed is not None:
+        columns = torch.cat((core_slots, columns[:, tail_start:]), dim=1)
+        weights[:, :, 0] = 0  # what pads the list
+    torch.testing.assert_close(numbers(ours[1]), weights.gather(2, columns[:, None].expand(-1, 2, -1)))
 
 
 @pytest.mark.parametrize("ends", ["well", "with an error"])

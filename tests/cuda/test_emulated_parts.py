@@ -22,6 +22,7 @@ from avl_cases import tiny_model
 from cli_helpers import Ran, call, generate, script, write_pages
 from device_waits import by_minivlm, listed
 from emulated_cuda import DeviceTensor, EmulatedCuda, numbers
+from emulated_kernels import KERNELS
 from golden_helpers import GOLDEN
 from minivlm import VLM, Request, Sampling, UserError
 from minivlm.cache.kv_cache import KVCache
@@ -42,13 +43,20 @@ SAMPLINGS = {
 }
 
 
+def new_cache(model: Llava, name: str, device: str) -> KVCache:
+    """For two rows; a static one on the device, as compiled steps have it."""
+    static = device == "cuda"
+    if static:
+        pytest.importorskip("triton", reason="Triton is not installed")
+    policy = POLICIES[name].build(len(model.language_model.layers))
+    return KVCache(model.config.text, policy, range(2), device=device, static=static)
+
+
 def generation(model: Llava, device: str, name: str, sampling: Sampling, **options) -> Generation:
     """A ragged batch of two, prefilled."""
     prompts = [prompt_ids(model, 3, 90, 12), prompt_ids(model, 2, 84, 9, seed=1)]
     features = [image.to(device) for ids in prompts for image in image_features(model, ids)]
-    policy = POLICIES[name].build(len(model.language_model.layers))
-    cache = KVCache(model.config.text, policy, range(2), device=device, static=device == "cuda")
-    return Generation(model, cache, prompts, features, sampling, **options)
+    return Generation(model, new_cache(model, name, device), prompts, features, sampling, **options)
 
 
 def assert_close(ours: list[Tensor], expected: list[Tensor]) -> None:
@@ -70,7 +78,7 @@ def assert_close(ours: list[Tensor], expected: list[Tensor]) -> None:
 def test_each_token_is_waited_for_once_and_a_step_late(name, sampling):
     expected = generation(MODEL, "cpu", name, SAMPLINGS[sampling])
     list(expected)
-    with EmulatedCuda() as cuda:
+    with EmulatedCuda(KERNELS) as cuda:
         read_before: list[int] = []  # by step: the tokens that the host had read when the step was launched
 
         def step(*arguments: object) -> Tensor:
@@ -96,7 +104,7 @@ def test_an_answer_that_ends_wastes_one_step_and_stores_nothing_of_it(ends):
     model.config = dataclasses.replace(MODEL.config, eos_token_ids=tuple({row[ends] for row in answer.tokens}))
     expected = generation(model, "cpu", "full", SAMPLINGS["greedy"])
     list(expected)
-    with EmulatedCuda():
+    with EmulatedCuda(KERNELS):
         ours = generation(model.to("cuda"), "cuda", "full", SAMPLINGS["greedy"])
         list(ours)
         assert ours.tokens == expected.tokens and ours.finish == expected.finish
@@ -124,7 +132,7 @@ def test_batches_and_conversations(tmp_path, name):
 
     pages = write_pages(tmp_path)
     expected = answers(endless_vlm(tmp_path / "model"))
-    with EmulatedCuda():
+    with EmulatedCuda(KERNELS):
         on_device = weights.load(tmp_path / "model", device="cuda", dtype="float32")
         assert on_device.model.lm_head.weight.is_cuda
         assert answers(on_device) == expected
@@ -138,7 +146,7 @@ def test_numbers_that_are_none_are_found_and_explained(tmp_path):
     dict(vlm.model.named_parameters())[broken].data[0] = torch.nan
     with pytest.raises(UserError) as expected:
         vlm.ask(QUESTION, pages)
-    with EmulatedCuda():
+    with EmulatedCuda(KERNELS):
         on_device = VLM(vlm.model.to("cuda"), vlm.processor)
         with pytest.raises(UserError) as ours:
             on_device.ask(QUESTION, pages)
@@ -153,7 +161,7 @@ def test_numbers_that_are_none_are_found_and_explained(tmp_path):
 def test_a_checkpoint_is_loaded_onto_the_device(tmp_path, dtype):
     tiny.write(tmp_path, "next-vicuna", dtype=torch.bfloat16)
     expected = weights.load_model(tmp_path, device="cpu", dtype={"auto": "bfloat16"}.get(dtype, dtype))
-    with EmulatedCuda():
+    with EmulatedCuda(KERNELS):
         for device in ("auto", "cuda", "cuda:0"):
             model = weights.load_model(tmp_path, device=device, dtype=dtype)
             for name, parameter in model.named_parameters():
@@ -167,7 +175,7 @@ def test_a_checkpoint_is_loaded_onto_the_device(tmp_path, dtype):
 def test_weights_that_do_not_fit_the_device(tmp_path):
     tiny.write(tmp_path, "llava-1.5")
     with (
-        EmulatedCuda(),
+        EmulatedCuda(KERNELS),
         mock.patch.object(torch.cuda, "mem_get_info", lambda device: (1000, 80 << 30)),
         pytest.raises(UserError, match="the weights take .* MB in float32, cuda has 0.00 MB free"),
     ):
@@ -186,7 +194,7 @@ def test_image_features(tmp_path, family):
     if model.config.is_next:
         pixels = pixels[:, None].repeat(1, 5, 1, 1, 1) + torch.arange(5.0)[:, None, None, None]
     expected = model.image_features(pixels, sizes)
-    with EmulatedCuda() as cuda:
+    with EmulatedCuda(KERNELS) as cuda:
         on_device = copy.deepcopy(model).to("cuda")
         pixels = pixels.to("cuda")
         cuda.syncs.clear()
@@ -211,7 +219,7 @@ def traced(folder: Path, out: Path, *flags: object) -> dict[str, Tensor]:
 def test_a_trace(tmp_path, model, policy):
     flags = ["--policy", policy, *(["--prefill_filter_flag", "--text_pruning_flag"] if policy == "avl" else [])]
     expected = traced(GOLDEN / model, tmp_path / "cpu.safetensors", "--device", "cpu", *flags)
-    with EmulatedCuda() as cuda:
+    with EmulatedCuda(KERNELS) as cuda:
         ours = traced(GOLDEN / model, tmp_path / "cuda.safetensors", "--device", "cuda", *flags)
         assert cuda.syncs  # it did run there
     assert ours.keys() == expected.keys()
@@ -230,7 +238,7 @@ def test_an_answer_and_its_overlay_on_the_command_line(tmp_path):
 
     page = write_pages(tmp_path)[0]
     expected = answered("cpu")
-    with EmulatedCuda() as cuda:
+    with EmulatedCuda(KERNELS) as cuda:
         assert answered("cuda") == expected
         assert any(sync.is_event for sync in cuda.syncs)  # it did run there
 
@@ -238,19 +246,16 @@ def test_an_answer_and_its_overlay_on_the_command_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["avl, h2o text, filter", "h2o", "random"])
 def test_a_cache_is_saved_on_one_device_and_goes_on_on_the_other(tmp_path, name):
-    def cache_on(device: str) -> KVCache:
-        return KVCache(MODEL.config.text, POLICIES[name].build(3), range(2), device=device, static=device == "cuda")
-
     @torch.no_grad()
     def decoded(cache: KVCache, steps: range) -> list[Tensor]:
         tokens = [torch.tensor([10 + step, 30 + step]).to(cache.device) for step in steps]
         return [decode_step(models[cache.device.type], cache, each, no_stop.to(cache.device)) for each in tokens]
 
     no_stop = torch.zeros(0, dtype=torch.int64)
-    with EmulatedCuda():
+    with EmulatedCuda(KERNELS):
         models = {"cpu": MODEL, "cuda": copy.deepcopy(MODEL).to("cuda")}
         for source, target in (("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")):
-            saved, loaded = cache_on(source), cache_on(target)
+            saved, loaded = (new_cache(MODEL, name, device) for device in (source, target))
             prompts = [prompt_ids(MODEL, 3, 90, 12), prompt_ids(MODEL, 2, 84, 9, seed=1)]
             features = [image.to(source) for ids in prompts for image in image_features(MODEL, ids)]
             prefill_step(models[source], saved, prompts, features, 12)

@@ -17,8 +17,8 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor that the graph makes for itself."""
+class Buffer:
+    """A tensor that the graph is given, or makes for itself."""
 
     device: str
     shape: list[int]
@@ -72,7 +72,7 @@ def launches(code: str, inputs: Mapping[str, str]) -> list[Launch]:
     return found
 
 
-def stored(code: str) -> list[Stored]:
+def stored(code: str) -> list[Buffer]:
     """What a module allocates; buffers that it uses again count once."""
     prefix = "empty_strided_"
     found = []
@@ -80,7 +80,7 @@ def stored(code: str) -> list[Stored]:
         name = ast.unparse(node.func)
         if name.startswith(prefix):
             shape, _, dtype = node.args
-            found.append(Stored(name.removeprefix(prefix), list(ast.literal_eval(shape)), ast.unparse(dtype)))
+            found.append(Buffer(name.removeprefix(prefix), list(ast.literal_eval(shape)), ast.unparse(dtype)))
     return found
 
 

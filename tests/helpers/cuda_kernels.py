@@ -19,6 +19,7 @@ import triton
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from triton.backends.nvidia.compiler import get_ptxas
 
 from cuda_code import Source
 
@@ -89,7 +90,8 @@ def _build(tuner: CachingAutotuner, config: triton.Config) -> Build:
         file = Path(folder, "kernel.ptx")
         file.write_text(compiled.asm["ptx"])
         target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file, "-o", file.with_suffix(".cubin")]
+        ptxas = get_ptxas(tuner.device_props.cc).path
+        command = [ptxas, "-v", f"--gpu-name={target}", file, "-o", file.with_suffix(".cubin")]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")
     registers, spilled, stack = (int(re.search(pattern, said)[1]) for pattern in patterns)

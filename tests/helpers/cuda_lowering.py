@@ -14,7 +14,6 @@ import ast
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import cuda_code
 from cuda_card import CARDS, pretended
-from cuda_code import Launch, Stored
+from cuda_code import Buffer, Launch, Source
 from cuda_kernels import Kernel, kernel
 from eval.speed.shapes import SHAPES
 from minivlm.app import policy_flags
@@ -71,10 +70,11 @@ class Lowering:
     """A step's way to the card. Inputs are named after what they are in the library's objects."""
 
     refusal: str | None  # why it would not become a CUDA graph
-    moving: dict[str, list[int]]  # inputs without a fixed address, with their sizes: a CUDA graph copies them each step
-    moving_mutated: list[str]  # those among them that the step writes to: the graph would be refused
+    inputs: dict[str, Buffer]
+    moving: list[str]  # inputs without a fixed address: a CUDA graph copies them each step
+    moving_written: list[str]  # those among them that the step writes to: the graph would be refused
     launches: list[Launch]  # in order
-    stored: list[Stored]
+    stored: list[Buffer]  # what the step makes for itself
     code: str  # inductor's
 
     @property
@@ -172,7 +172,7 @@ def lower(task: Task, options: Mapping[str, Any] | None = None) -> Lowering:
             if task.kind == "choose":
                 with torch.compiler.set_stance("force_eager"):  # a step has run before: it marks the buffers
                     step["forward"](model, cache, "refresh", token, stop)
-                step["choose"](cache.layers, cache.active)
+                step["choose"](cache)
             else:
                 step["forward"](model, cache, task.kind, token, stop)
         except InductorError as error:
@@ -195,8 +195,12 @@ def _read(compiled: Any, graph: GraphLowering, code: str, names: Sequence[str], 
     inputs = [(i, readable[name], graph.graph_inputs[name]) for i, name in enumerate(graph.graph_input_names)]
     return Lowering(
         refusal="; ".join(filter(None, reasons)) or None,
-        moving={name: [int(size) for size in tensor.get_size()] for i, name, tensor in inputs if i not in static},
-        moving_mutated=[name for i, name, _ in inputs if i in compiled.mutated_input_idxs and i not in static],
+        inputs={
+            name: Buffer(tensor.get_device().type, [int(size) for size in tensor.get_size()], str(tensor.get_dtype()))
+            for _, name, tensor in inputs
+        },
+        moving=[name for i, name, _ in inputs if i not in static],
+        moving_written=[name for i, name, _ in inputs if i in compiled.mutated_input_idxs and i not in static],
         launches=cuda_code.launches(code, readable),
         stored=cuda_code.stored(code),
         code=code,
@@ -211,20 +215,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=1, help="of 2, those of 1 are subtracted: launches per layer")
     parser.add_argument("--card", choices=CARDS, default="H100")
     parser.add_argument("--config", action="append", default=[], metavar="NAME=VALUE", help="an option of inductor")
-    parser.add_argument("--cubins", choices=("first", "all"), help="compile these configurations of each kernel")
+    parser.add_argument(
+        "--cubins", choices=("first", "all"), help="compile these configurations (of our own kernels all)"
+    )
     parser.add_argument("--code", type=Path, help="write inductor's code of the last one here")
     parser.add_argument("--show", action="store_true", help="something to read instead of JSON")
     policy_flags.add_arguments(parser)
     args = parser.parse_args(arguments)
     options = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in args.config)}
-    compiled = {None: 0, "first": 1, "all": None}[args.cubins]
     for shape, batch, kind in itertools.product(args.shape, args.batch, args.kind):
         task = Task(shape, kind, batch, policy_flags.from_args(args), args.layers)
         with pretended(CARDS[args.card]):
             lowering = lower(task, options)
             fewer = lower(replace(task, layers=task.layers - 1), options) if task.layers > 1 else None
             sources = cuda_code.kernel_sources(lowering.code)
-            kernels = [kernel(name, source, compiled) for name, source in sources.items()]
+            kernels = [kernel(name, source, _configs(source, args.cubins)) for name, source in sources.items()]
         per_layer = len(lowering.launches) - len(fewer.launches) if fewer else None
         if args.code:
             args.code.write_text(lowering.code)
@@ -236,12 +241,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(asdict(task) | asdict(lowering) | more), flush=True)
 
 
+def _configs(source: Source, cubins: str | None) -> int | None:
+    """How many of a kernel's configurations are compiled; None: all."""
+    if cubins is None:
+        return 0
+    return None if cubins == "all" or source.is_custom else 1
+
+
 def shown(lowering: Lowering, per_layer: int | None) -> str:
     """A lowering to read; the launches of the last layer are marked."""
     end = len(lowering.launches) - 2  # before the last norm and the head
     lines = [
         f"reason against a CUDA graph: {lowering.refusal}",
-        f"inputs that move: {lowering.moving}, written to: {lowering.moving_mutated}",
+        f"inputs that move: {lowering.moving}, written to: {lowering.moving_written}",
         f"launches: {len(lowering.launches)} {dict(lowering.sorts)}, {per_layer} of them for another layer",
     ]
     for i, launch in enumerate(lowering.launches):
@@ -261,4 +273,4 @@ def shown_kernel(each: Kernel) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
