@@ -29,6 +29,7 @@ from minivlm.cache.policies.avl import AVLSettings
 from minivlm.cache.settings import CacheSettings
 from minivlm.errors import UserError, printable
 from minivlm.files import is_folder, user_path
+from minivlm.generation.compile import missing_compiler
 from minivlm.generation.vlm import VLM
 from weights.build import read_config
 
@@ -98,6 +99,7 @@ def _add_run_flags(parser: Parser, arguments: Sequence[str]) -> None:
         metavar="N",
         help="only the first N samples of each task, or that share of them (all)",
     )
+    parser.switch("compile", help="use torch.compile: slow at first, then faster; pays for long runs in batches")
     parser.flag("batch_size", type=int, default=1, metavar="B", help="questions asked at once (1)")
     parser.flag(
         "output_path",
@@ -190,9 +192,11 @@ def _model_identity(args: argparse.Namespace) -> ModelIdentity:
     dtype = args.dtype
     if dtype == "auto":
         dtype = read_config(folder).dtype if on_cuda else "float32"
-    return ModelIdentity(printable(name), fingerprint(folder), "cuda" if on_cuda else "cpu", dtype)
+    device = "cuda" if on_cuda else "cpu"
+    compiled = args.compile and missing_compiler(torch.device(device)) is None
+    return ModelIdentity(printable(name), fingerprint(folder), device, dtype, compiled)
 
 
 def model_loader(args: argparse.Namespace) -> Callable[[], VLM]:
     """A function that returns the model of the flags, loading it on the first call."""
-    return functools.cache(lambda: weights.load(args.model, device=args.device, dtype=args.dtype))
+    return functools.cache(lambda: weights.load(args.model, device=args.device, dtype=args.dtype, compile=args.compile))

@@ -37,6 +37,7 @@ class RunSettings(msgspec.Struct, frozen=True):
     batch_size: Annotated[int, Meta(ge=1)]
     seed: int
     predict_only: bool
+    compiled: bool = False  # rounding differs
     format: int = FORMAT
 
     def hash(self) -> str:

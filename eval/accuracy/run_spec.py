@@ -45,6 +45,7 @@ class ModelIdentity:
     weights: str  # the checkpoint's fingerprint
     device: str
     dtype: str
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class RunSpec:
             weights=self.model.weights,
             device=self.model.device,
             dtype=self.model.dtype,
+            compiled=self.model.compiled,
             tasks={
                 task.name: TaskSettings(task.suffix, task.max_new_tokens, task.split, dataset.identity)
                 for task, dataset in self.tasks

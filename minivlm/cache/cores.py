@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from minivlm.cache.state import CacheState
 def choose_cores(state: CacheState) -> None:
     """Choose the cores anew, by each layer's `vision_attn`; rows that are not active keep theirs."""
     active = state.active[:, None]  # [B, 1]
-    for layers, tail_start in _alike(state):
+    for layers, tail_start in _runs(state):
         fixed, system, core, _ = state.counts[:, layers]  # each [layers, B, 1]; the core with the system prefix
         slots = torch.arange(tail_start, device=active.device)
         is_vision = (slots >= tail_start - fixed) & (slots < tail_start - system)  # [layers, B, tail_start]
@@ -28,11 +28,19 @@ def choose_cores(state: CacheState) -> None:
     list_cores(state)
 
 
+def begin_cores(state: CacheState) -> None:
+    """After a prefill: note which layers are alike, and list the first cores."""
+    tail_starts = [buffers.layout.tail_start for buffers in state.layers]
+    ends = [i for i in range(1, len(tail_starts)) if tail_starts[i] != tail_starts[i - 1]]
+    state.runs = list(pairwise((0, *ends, len(tail_starts))))
+    list_cores(state)
+
+
 def list_cores(state: CacheState) -> None:
     """Bring `core_slots` up to date with the layers' marks. After a row's last slot, slot 0 is repeated."""
     if state.core_slots is None:
         return
-    for layers, tail_start in _alike(state):
+    for layers, tail_start in _runs(state):
         marks = torch.stack([buffers.in_core_step[:, :tail_start] for buffers in state.layers[layers]])
         state.core_slots[layers].copy_(first_slots(marks > 0, state.core_slots.shape[-1]))
 
@@ -45,10 +53,7 @@ def first_slots(mask: Tensor, count: int) -> Tensor:
     return listed.scatter(-1, torch.where(mask, rank, count), slots)[..., :count]
 
 
-def _alike(state: CacheState) -> Iterator[tuple[slice, int]]:
+def _runs(state: CacheState) -> Iterator[tuple[slice, int]]:
     """Runs of layers whose tails start at the same slot: many small choices cost far more than a large one."""
-    first = 0
-    for tail_start, run in groupby(state.layers, key=lambda buffers: buffers.layout.tail_start):
-        end = first + len(list(run))
-        yield slice(first, end), tail_start
-        first = end
+    for first, end in state.runs:
+        yield slice(first, end), state.layers[first].layout.tail_start

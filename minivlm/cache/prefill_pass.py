@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minivlm.cache import attention
 from minivlm.cache.buffers import LayerBuffers
 from minivlm.cache.columns import ColumnClasses, Columns, ComputedTokens, choose_tail, choose_vision, filter_scores
-from minivlm.cache.cores import list_cores
+from minivlm.cache.cores import begin_cores
 from minivlm.cache.counts import EntryCounts, TailPlan, TurnPlan
 from minivlm.cache.policy import check_scores
 from minivlm.cache.ranking import best_first
@@ -103,7 +103,7 @@ class PrefillPass:
             self._store(buffers, i, each)
         if layer_idx == self.state.config.num_hidden_layers - 1:
             self.state.next_place.copy_(self.state.counts[3])  # after the entries that stay
-            list_cores(self.state)
+            begin_cores(self.state)
         return out
 
     def survivors(self, layer_idx: int) -> Tensor | None:

@@ -58,6 +58,8 @@ class CacheState:
         self.step_kinds: list[StepKind] = []  # of this turn's decode steps
         self.max_steps = 0  # decode steps for which there is room
 
+        self.runs: list[tuple[int, int]] = []  # of layers with the same layout: first, end
+
         # On the device.
         self.layers: list[LayerBuffers] = []
         # Entries of each layer and row after prefill: fixed, system, core with system, and tail ones, [4, L, B, 1].

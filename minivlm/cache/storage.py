@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minivlm.cache.buffers import LayerBuffers
-from minivlm.cache.cores import list_cores
+from minivlm.cache.cores import begin_cores
 from minivlm.cache.counts import EntryCounts, SequenceState
 from minivlm.cache.kv_cache import KVCache
 from minivlm.cache.slots import SlotLayout
@@ -108,7 +108,7 @@ def load_cache(cache: KVCache, path: Path, dtype: torch.dtype) -> None:
     cache.max_steps = stored.max_steps
     cache.begin_answer([buffers.counts for buffers in cache.layers])
     cache.next_place.copy_(stored.next_place)
-    list_cores(cache)
+    begin_cores(cache)
     cache.stored.copy_(stored.stored)
     cache.active.copy_(stored.active)
 

@@ -1,9 +1,12 @@
 """torch.compile: the decode step, one graph for each kind, reused for every token and prompt; the prefill's blocks.
 
-Everything that changes from step to step is a tensor, buffers come in buckets of slots, and a policy's kinds of steps
-are told apart by one string. So a graph is built once for each kind, batch size and bucket, and one more chooses the
-cores after a refresh. On CUDA the graphs are recorded (CUDA graphs); on a CPU inductor fuses the single-query
-attention into one pass over keys and values.
+Everything that changes from step to step is a tensor, and a policy's kinds of steps are told apart by one string. So a
+graph is built for each kind, and one more chooses the cores after a refresh.
+
+On a CPU a graph serves every size: shapes are symbols in it, and inductor fuses the single-query attention into one
+pass over keys and values. On CUDA shapes are fixed, because graphs are recorded with their addresses (CUDA graphs).
+There buffers never shrink, so that few sizes occur, and what a step reads depends on the live entries alone (see
+`KVCache`). A recording holds the step's intermediate results, which all recordings share: some MB at batch 1.
 """
 
 from __future__ import annotations
@@ -27,16 +30,19 @@ from minivlm.generation.steps import DecodeStep, decode_step, forward_step
 from minivlm.model.llama import DecoderLayer
 from minivlm.model.llava import Llava
 
-# Graphs of one process: kinds of steps x policies x batch sizes x buckets. Past it torch would refuse to compile more.
+# Graphs of one process: kinds of steps x policies x batch sizes x sizes. Past it torch would refuse to compile more.
 MAX_GRAPHS = 256
 
 
 def missing_compiler(device: torch.device) -> str | None:
     """Why `torch.compile` cannot work for this device here, or None if it can."""
     if device.type == "cuda":
-        return None if has_triton() else "Triton is not installed"
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    return None if any(name and shutil.which(name) for name in compilers) else "there is no C++ compiler"
+        if not has_triton():
+            return "Triton is not installed"
+        language, compilers = "C", [os.environ.get("CC"), "gcc", "clang", "cc"]  # Triton builds its launcher with it
+    else:
+        language, compilers = "C++", [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return None if any(name and shutil.which(name) for name in compilers) else f"there is no {language} compiler"
 
 
 def graph_limit() -> AbstractContextManager[None]:
@@ -66,8 +72,8 @@ def compiled_decode_step(device: torch.device) -> DecodeStep:
     """`decode_step` with its two parts compiled, each at its first call; for caches made with `static=True`."""
     cuda = device.type == "cuda"
     mode = "reduce-overhead" if cuda else None
-    step_graph = torch.compile(forward_step, fullgraph=True, dynamic=False, mode=mode)
-    cores_graph = torch.compile(choose_cores, fullgraph=True, dynamic=False, mode=mode)
+    step_graph = torch.compile(forward_step, fullgraph=True, dynamic=not cuda, mode=mode)
+    cores_graph = torch.compile(choose_cores, fullgraph=True, dynamic=not cuda, mode=mode)
     marked: weakref.ref[LayerBuffers] | None = None  # the first layer whose buffers are marked
 
     def forward(model: Llava, cache: KVCache, kind: StepKind, token: Tensor, stop: Tensor) -> Tensor:

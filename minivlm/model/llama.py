@@ -83,9 +83,11 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, S, D] and keys, and values, both [B, H_kv, S, D], of x [B, S, C]."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 * H_kv, S, D]
-        q, k, v = qkv.split(self.heads, dim=1)
-        # The values get memory of their own: a view would keep all of `qkv` alive during attention.
-        return rotate(q, rope), rotate(k, rope), v.contiguous()
+        heads, kv_heads, _ = self.heads
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        q, k = rotate(qk, rope).split((heads, kv_heads), dim=1)
+        # A prompt's values get memory of their own: a view would keep all of `qkv` alive during attention.
+        return q, k, v if x.shape[1] == 1 else v.contiguous()
 
     def merge(self, out: Tensor) -> Tensor:
         """The output projection of all heads together: [B, H, S, D] -> [B, S, C]."""

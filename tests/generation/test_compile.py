@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from avl_cases import tiny_model
 from cache_helpers import prefill_prompts
+from minivlm.cache import state
 from minivlm.cache.cores import choose_cores
 from minivlm.cache.kv_cache import KVCache
 from minivlm.generation.compile import compiled_blocks, compiled_decode_step
@@ -52,9 +53,9 @@ def answer(cache: KVCache, parts: Sequence[tuple[int, ...]], step: DecodeStep) -
     return torch.stack(logits), len(set(cache.step_kinds)) + ("refresh" in cache.step_kinds)
 
 
-def counted_step(counter: CompileCounter) -> Callable:
+def counted_step(counter: CompileCounter, dynamic: bool = False) -> Callable:
     """A decode step in graphs that `counter` counts, divided as the library divides it."""
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=counter)
+    compiled = partial(torch.compile, fullgraph=True, dynamic=dynamic, backend=counter)
     return partial(decode_step, forward=compiled(forward_step), choose=compiled(choose_cores))
 
 
@@ -79,14 +80,37 @@ def test_one_graph_for_each_kind_of_step(name, how):
     assert counter.op_count > 50
 
 
-def test_another_bucket_is_another_graph():
-    """So the number of graphs in the test above can change."""
+def image_sizes(count: int) -> list[tuple[int, int, int]]:
+    """Prompts of many lengths, as images of many sizes make them."""
+    sizes = torch.randint(0, 100, (count, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    return [(3, 20 + 3 * image, 5 + text // 4) for image, text in sizes]
+
+
+@pytest.mark.parametrize("name, graphs", [("full", 1), ("avl, h2o text, filter", 3)])
+def test_on_a_cpu_all_sizes_share_their_graphs(name, graphs):
+    counter = CompileCounter()
+    compiled = counted_step(counter, dynamic=True)
+    cache, layouts = new_cache(name, "static"), set()
+    for parts in image_sizes(12):
+        logits, _ = answer(cache, [parts, parts], compiled)
+        expected, _ = answer(new_cache(name), [parts, parts], decode_step)
+        torch.testing.assert_close(logits[:, 0], expected[:, 0], atol=1e-4, rtol=0)
+        layouts.add(cache.layers[0].layout)
+    assert counter.frame_count == graphs and len(layouts) >= 5
+
+
+def test_on_cuda_a_graph_is_made_only_where_buffers_grow(monkeypatch):
+    monkeypatch.setattr(state, "LARGE_BUCKET", 64)
     counter = CompileCounter()
     compiled = counted_step(counter)
-    cache = new_cache("full", "static")
-    for parts, graphs in (((3, 90, 12), 1), ((3, 130, 12), 2), ((3, 88, 12), 2)):
-        answer(cache, [parts, parts], compiled)
-        assert counter.frame_count == graphs
+    cache, layouts = new_cache("full", "gathering"), []
+    for parts in ((3, 90, 12), (3, 40, 12), (3, 130, 12), (3, 60, 30), (3, 120, 9)):
+        logits, _ = answer(cache, [parts, parts], compiled)
+        expected, _ = answer(new_cache("full"), [parts, parts], decode_step)
+        torch.testing.assert_close(logits[:, 0], expected[:, 0], atol=1e-4, rtol=0)
+        layouts.append(cache.layers[0].layout)
+        assert counter.frame_count == len(set(layouts))
+    assert len(set(layouts)) == 2 and layouts[1:2] == layouts[:1] and layouts[2:] == 3 * layouts[2:3]
 
 
 @needs_compiler
