@@ -46,12 +46,12 @@ def decode_split(
     """Write one token of each row into a layer's buffers, and attend to all that is live.
 
     The token is its query [B, H, 1, D], its key and value [B, H_kv, 1, D] and its position, int32 [B, 1]. The buffers
-    are those of keys and values [B, H_kv, slots, D] and of positions, int32 [B, H_kv, slots]. `place` [B, H_kv] says
-    where in the tail the token goes, and counts among the `used` [B, 1] places. All numbers are int64.
+    are those of keys and values [B, H_kv, slots, D] and of positions, int32 [B, H_kv, slots]. All other tensors are
+    int64. `place` [B, H_kv] says where in the tail the token goes: to one of its first `used` [B, 1] places.
 
     A row's live slots are the `fixed` [B, 1] ones left of `tail_start` and the used ones from there on; there is a
     column per slot. With `core_slots` [B, width] they are its first `listed` [B, 1] numbers, all left of `tail_start`,
-    and the used ones; the columns are those of the list, then the tail's.
+    and the used ones; the columns are those of the list, then the tail's. Then `fixed` does not matter.
 
     Returns the output [B, H, 1, D] and, if wanted, the weights in float32 summed over each group of query heads,
     [B, H_kv, columns], exactly 0 where nothing is live. Raises ValueError for buffers that are not contiguous: the
@@ -141,7 +141,8 @@ def _parts_kernel(
     """One share of a row's live entries, for a group of query heads; programs (row x key head, share).
 
     part[s] = sum of exp(x - best) v and total[s] = sum of exp(x - best), where x are the share's scaled scores and best
-    their maximum, for each query head. A share without entries has best = -inf, and no part.
+    their maximum, for each query head. The token counts as the first share's, wherever its place is. A share without
+    other entries than its place has best = -inf, and a part that is not read.
     """
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, pair = pair // KV_HEADS, pair.to(tl.int64)  # what `pair` is multiplied with need not fit into 32 bits
@@ -215,8 +216,8 @@ def _whole_kernel(
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     INDEXED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row x key head, task): the first tasks are the outputs of the group's query heads, the others blocks of
-    weights."""
+    """The shares put together. Programs (row x key head, task): the first tasks are the outputs of the group's query
+    heads, the others blocks of weights."""
     pair, task = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.arange(0, SPLITS)
     is_split, result = split < splits, (pair * splits + split) * GROUPS  # [SPLITS]

@@ -98,7 +98,7 @@ def test_loads_little_more_than_the_live_entries(run, spans, core):
 
 @pytest.mark.slow
 def test_heads_may_begin_past_the_reach_of_32_bits(run):
-    """The third head's first number is that of 2^31."""
+    """The third head's first number is that of 2^31. Its token is written there, too."""
     found, expected = run(far_slots, 2**23, 3, 40)
     np.testing.assert_allclose(found, expected, rtol=0.002, atol=0.001)
 

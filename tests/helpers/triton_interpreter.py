@@ -160,8 +160,8 @@ def _arrays(buffers: Sequence[Tensor], attended: tuple[Tensor, Tensor | None]) -
 
 
 def far_slots(slots: int, kv_heads: int, live: int) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs of `decode_split` and `decode_static` [1, H, 1, D] where only the last slots of huge buffers are live, of
-    which the last is the token's.
+    """A step where only the last slots of huge buffers are live, of which the last is the token's: its output and the
+    written key and value, as they are and as expected, each [3, 1, H_kv, 1, D].
 
     The other slots are not even written, so that they take no memory.
     """
@@ -176,7 +176,8 @@ def far_slots(slots: int, kv_heads: int, live: int) -> tuple[np.ndarray, np.ndar
     out, _ = decode_split(token, buffers, last.expand(1, kv_heads), last + 1, none, slots - live, False)
     read = (torch.cat((buffer[:, :, -live:-1], new), dim=2).float() for buffer, new in ((k, new_k), (v, new_v)))
     expected, _ = decode_static(q.float(), *read, torch.ones(1, live, dtype=torch.bool), False)
-    return out.float().numpy(), expected.numpy()
+    found = torch.stack((out, k[:, :, -1:], v[:, :, -1:]))
+    return found.float().numpy(), torch.stack((expected, new_k.float(), new_v.float())).numpy()
 
 
 @dataclass(frozen=True)
