@@ -18,6 +18,8 @@ NO_CORE = "no core: avl --vision_adaptive_attention_update_interval -1"
 SHAPE, DTYPE = "llava-v1.6-vicuna-7b", "bfloat16"
 _TESTS = "tests/cuda/test_on_a_gpu.py"
 
+Program = Callable[..., tuple[str, ...]]  # the words of a benchmark with these flags
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -59,9 +61,6 @@ def pieces(rehearsal: bool) -> list[Piece]:
         Piece("tests", "the tests that need a GPU", 1.2, ("-m", "pytest", _TESTS), writes_json=False),
         *plan(lambda *flags: ("scripts/benchmark.py", *device, *flags)),
     ]
-
-
-Program = Callable[..., tuple[str, ...]]  # the words of a benchmark with these flags
 
 
 def _measured(benchmark: Program) -> list[Piece]:
