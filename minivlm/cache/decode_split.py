@@ -94,6 +94,8 @@ def _decode_split(
     scores = q.new_empty(batch, kv_heads, groups, columns if want_weights else 0, dtype=torch.float32)
     part = q.new_empty(batch, kv_heads, splits, groups, dim, dtype=torch.float32)
     best, total = (q.new_empty(part.shape[:-1], dtype=torch.float32) for _ in range(2))
+    # Parts of one product as they are: of each row, all heads one after the other.
+    new = [tensor if tensor[0].is_contiguous() else tensor.contiguous() for tensor in (q, new_k, new_v)]
     before = fixed if listed is None else listed  # live entries left of the tail
     layout = {
         "KV_HEADS": kv_heads,
@@ -105,10 +107,10 @@ def _decode_split(
     }
     padded_groups, is_float32 = triton.next_power_of_2(groups), q.dtype == torch.float32
     wrap_triton(_parts_kernel)[(batch * kv_heads, splits)](
-        q.contiguous(), new_k.contiguous(), new_v.contiguous(), position.contiguous(), k, v, positions,
+        *new, position.contiguous(), k, v, positions,
         place.contiguous(), used.contiguous(), before.contiguous(),
         before if core_slots is None else core_slots.contiguous(),  # without a list nothing is read there
-        scores, part, best, total, slots, width, tail_start, columns,
+        scores, part, best, total, *(tensor.stride(0) for tensor in new), slots, width, tail_start, columns,
         # A tensor core takes 16 rows; float32 is multiplied without one.
         ROWS=padded_groups if is_float32 else max(16, padded_groups),
         BLOCK=_BLOCK // 2 if is_float32 else _BLOCK, **layout,
@@ -134,7 +136,7 @@ def split_count(pairs: int, columns: int) -> int:
 @triton.jit
 def _parts_kernel(
     q, new_k, new_v, position, k, v, positions, place, used, before, core_slots, scores, part, best, total,
-    slots, width, tail_start, columns,
+    q_stride, k_stride, v_stride, slots, width, tail_start, columns,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     INDEXED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -145,10 +147,12 @@ def _parts_kernel(
     other entries than its place has best = -inf, and a part that is not read.
     """
     pair, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    row, pair = pair // KV_HEADS, pair.to(tl.int64)  # what `pair` is multiplied with need not fit into 32 bits
+    row, head = pair // KV_HEADS, pair % KV_HEADS
+    pair = pair.to(tl.int64)  # what it is multiplied with need not fit into 32 bits
     group, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     is_head, is_channel = (group < GROUPS)[:, None], (channel < DIM)[None]
-    query = tl.load(q + (pair * GROUPS + group[:, None]) * DIM + channel[None], is_head & is_channel, 0.0)
+    query = q + row * q_stride + (head * GROUPS + group[:, None]) * DIM + channel[None]
+    query = tl.load(query, is_head & is_channel, 0.0)
 
     # The row's entries are numbered: first those left of the tail, then the used places of the tail.
     left = tl.load(before + row).to(tl.int32)
@@ -164,8 +168,9 @@ def _parts_kernel(
     value_sum = tl.zeros([ROWS, CHANNELS], tl.float32)
     if split == 0:  # the token itself
         slot = tail_start + new_place
-        new, in_entry = pair * DIM + channel, channel < DIM  # [CHANNELS]
-        key, value = tl.load(new_k + new, in_entry, 0.0), tl.load(new_v + new, in_entry, 0.0)
+        new, in_entry = head * DIM + channel, channel < DIM  # [CHANNELS]
+        key = tl.load(new_k + row * k_stride + new, in_entry, 0.0)
+        value = tl.load(new_v + row * v_stride + new, in_entry, 0.0)
         tl.store(keys + slot * DIM + channel, key, in_entry)
         tl.store(values + slot * DIM + channel, value, in_entry)
         tl.store(positions + pair * slots + slot, tl.load(position + row))

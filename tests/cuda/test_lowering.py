@@ -32,7 +32,7 @@ pytestmark = [
 SHAPES = ("7b", "mistral")  # 32 key/value heads, and 8 for 32 query heads
 KINDS = ("core", "refresh", "full", "choose")
 CARDS = {1: "B200", 8: "H100", 32: "A100"}  # by batch: not every batch on every card
-LAUNCHES = {"core": 12, "refresh": 13, "full": 12, "choose": 4}  # that one more layer may cost
+LAUNCHES = {"core": 10, "refresh": 11, "full": 10, "choose": 4}
 
 
 @functools.cache
