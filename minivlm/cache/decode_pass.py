@@ -42,33 +42,7 @@ class DecodePass:
 
         # 1. The token takes its place, and attends; the weights are wanted where a budget or a refresh scores by them.
         want_weights = budget is not None or self.kind == "refresh"
-        tail_start = buffers.layout.tail_start  # its column
-        if state.decode_split is not None:
-            fixed, _, listed, _ = state.counts[:, layer_idx]
-            core_slots = None
-            if self.kind == "core" and state.core_slots is not None:
-                core_slots = state.core_slots[layer_idx]
-                tail_start = core_slots.shape[1]
-            out, weights = state.decode_split(
-                (q, k, v, self.position),
-                (buffers.k, buffers.v, buffers.position),
-                place,
-                used,
-                fixed,
-                buffers.layout.tail_start,
-                want_weights,
-                core_slots,
-                None if core_slots is None else listed,
-            )
-        else:
-            self._write(buffers, place, k, v)
-            if state.static:
-                keys, values, live, tail_start = self._reading(layer_idx, buffers, used)
-                out, weights = attention.decode_static(q, keys, values, live, want_weights)
-            else:
-                core = buffers.in_core_step > 0 if self.kind == "core" else None
-                spans = self._spans(layer_idx, buffers)
-                out, weights = attention.decode_plain(q, buffers.k, buffers.v, spans, core, want_weights)
+        out, weights, tail_start = self._write_and_attend(layer_idx, (q, k, v), place, used, want_weights)
 
         # 2. A refresh notes what attention the image entries get, for the choice of the core.
         if self.kind == "refresh":
@@ -92,6 +66,37 @@ class DecodePass:
         next_place = torch.where(active, torch.stack(self._next_places), self.state.next_place)
         self.state.next_place.copy_(next_place)
 
+    def _write_and_attend(
+        self, layer_idx: int, token: tuple[Tensor, Tensor, Tensor], place: Tensor, used: Tensor, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Output, weights [B, H_kv, n] if they are wanted, and the first of the tail's columns among these n."""
+        state, buffers = self.state, self.state.layers[layer_idx]
+        tail_start = buffers.layout.tail_start
+        if state.decode_split is not None:
+            fixed, _, listed, _ = state.counts[:, layer_idx]
+            core_slots = self._core_slots(layer_idx)
+            by_index = () if core_slots is None else (core_slots, listed)
+            out, weights = state.decode_split(
+                (*token, self.position),
+                (buffers.k, buffers.v, buffers.position),
+                place,
+                used,
+                fixed,
+                tail_start,
+                want_weights,
+                *by_index,
+            )
+            return out, weights, tail_start if core_slots is None else core_slots.shape[1]
+
+        q, k, v = token
+        self._write(buffers, place, k, v)
+        if state.static:
+            keys, values, live, tail_start = self._reading(layer_idx, buffers, used)
+            return *attention.decode_static(q, keys, values, live, want_weights), tail_start
+        core = buffers.in_core_step > 0 if self.kind == "core" else None
+        spans = self._spans(layer_idx, buffers)
+        return *attention.decode_plain(q, buffers.k, buffers.v, spans, core, want_weights), tail_start
+
     def _write(self, buffers: LayerBuffers, place: Tensor, k: Tensor, v: Tensor) -> None:
         """Put the step's token into its place [B, H_kv] in the tail.
 
@@ -105,21 +110,26 @@ class DecodePass:
         for buffer, new in ((buffers.k, k), (buffers.v, v)):
             buffer[where] = new[:, :, 0]
 
+    def _core_slots(self, layer_idx: int) -> Tensor | None:
+        """The slots [B, width] left of the tail that a core step reads, if this is one that reads by index."""
+        core_slots = self.state.core_slots
+        return core_slots[layer_idx] if self.kind == "core" and core_slots is not None else None
+
     def _reading(self, layer_idx: int, buffers: LayerBuffers, used: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """What a step of fixed shape passes over: keys and values [B, H_kv, n, D], which of the n are live [B, n], and
         where among them the tail starts."""
         layout = buffers.layout
-        fixed, _, core, _ = self.state.counts[:, layer_idx]  # each [B, 1]
+        fixed, _, num_listed, _ = self.state.counts[:, layer_idx]  # each [B, 1]
         slots = torch.arange(layout.slots, device=used.device)
         live = (slots >= layout.tail_start - fixed) & (slots < layout.tail_start + used)
         if self.kind == "core":
             live = live & (buffers.in_core_step > 0)
-        if self.kind != "core" or self.state.core_slots is None:
+        core_slots = self._core_slots(layer_idx)
+        if core_slots is None:
             return buffers.k, buffers.v, live, layout.tail_start
         # Only what the core step needs, by index.
-        core_slots = self.state.core_slots[layer_idx]
         batch, width = core_slots.shape
-        listed = torch.arange(width, device=used.device) < core  # [B, width]; the rest of the list is padding
+        listed = torch.arange(width, device=used.device) < num_listed  # [B, width]; the rest of the list is padding
         index = torch.cat((core_slots, slots[layout.tail_start :].expand(batch, -1)), dim=1)  # [B, n]
         row = torch.arange(batch, device=used.device)[:, None, None]
         head = torch.arange(buffers.k.shape[1], device=used.device)[:, None]

@@ -80,9 +80,9 @@ class KVCache(CacheState):
             sequence.plan_turn(mask, n, self.budgets, self.policy.whole_cache, max_steps)
             for sequence, mask, n in zip(self.sequences, is_vision, stored, strict=True)
         ]
+        counts = [self._plan_layer(layer_idx, plans) for layer_idx in range(self.config.num_hidden_layers)]
         for sequence, plan in zip(self.sequences, plans, strict=True):
             sequence.begin_turn(plan)
-        counts = [self._plan_layer(layer_idx, plans) for layer_idx in range(self.config.num_hidden_layers)]
         self.max_steps = max_steps
         self.begin_answer(counts)
         self.step_kinds = []

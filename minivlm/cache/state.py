@@ -40,7 +40,7 @@ class CacheState:
         self.device = torch.device(device)
         self.static = static
         self.gather = static and (self.device.type == "cuda" if gather is None else gather)
-        # The attention of a static step on CUDA, where Triton is; elsewhere `attention.decode_static`.
+        # The attention of a static step on CUDA; elsewhere it is `attention.decode_static`, and needs no Triton.
         self.decode_split: Callable[..., tuple[Tensor, Tensor | None]] | None = None
         if static and self.device.type == "cuda":
             from minivlm.cache.decode_split import decode_split
@@ -57,8 +57,7 @@ class CacheState:
         self.num_turns = 0
         self.step_kinds: list[StepKind] = []  # of this turn's decode steps
         self.max_steps = 0  # decode steps for which there is room
-
-        self.runs: list[tuple[int, int]] = []  # of layers with the same layout: first, end
+        self.runs: list[tuple[int, int]] = []  # of layers whose tails start at the same slot: first, end
 
         # On the device.
         self.layers: list[LayerBuffers] = []

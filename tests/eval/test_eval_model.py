@@ -1,15 +1,19 @@
 """The evaluator on a tiny random checkpoint: answers depend on nothing but the settings."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 import tiny
 from eval.demo.pages import write_docvqa
 from eval_helpers import evaluate, read_run
 from paths import ROOT
+from policies import needs_compiler
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +122,20 @@ def test_two_processes_answer_as_one(place, tmp_path):
     assert answers(tmp_path / "one") == answers(tmp_path / "two")
     one, two = (read_run(tmp_path / out)[0] for out in ("one", "two"))
     assert one["results"] == two["results"] and one["settings"] == two["settings"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_runs_answer_as_eager_ones(place, tmp_path):
+    """Pages of many sizes, and a last batch that is smaller, need a handful of graphs."""
+    torch._dynamo.reset()
+    counters.clear()
+    for name, flags in {"eager": (), "compiled": ("--compile",)}.items():
+        arguments = [*place[1], "--policy", "avl", "--batch_size", "4", "--dtype", "float32", *flags]
+        assert evaluate([*arguments, "--output_path", str(tmp_path / name)]) == 0
+    assert answers(tmp_path / "compiled") == answers(tmp_path / "eager")
+    for name in ("eager", "compiled"):
+        (settings,) = (tmp_path / name).glob("*/settings.json")
+        assert json.loads(settings.read_text())["compiled"] == (name == "compiled")
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
+    torch._dynamo.reset()
