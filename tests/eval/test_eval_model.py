@@ -127,7 +127,7 @@ def test_two_processes_answer_as_one(place, tmp_path):
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_runs_answer_as_eager_ones(place, tmp_path):
-    """Pages of many sizes, and a last batch that is smaller, need a handful of graphs."""
+    """Each block and kind of step is compiled for batches, and once more for the last page, which is alone."""
     torch._dynamo.reset()
     counters.clear()
     for name, flags in {"eager": (), "compiled": ("--compile",)}.items():
@@ -137,5 +137,5 @@ def test_compiled_runs_answer_as_eager_ones(place, tmp_path):
     for name in ("eager", "compiled"):
         (settings,) = (tmp_path / name).glob("*/settings.json")
         assert json.loads(settings.read_text())["compiled"] == (name == "compiled")
-    assert 0 < counters["stats"]["unique_graphs"] <= 12
+    assert 0 < counters["stats"]["unique_graphs"] <= 16
     torch._dynamo.reset()

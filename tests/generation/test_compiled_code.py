@@ -10,6 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 from avl_cases import tiny_model
 from cache_helpers import prefill_prompts
+from minivlm.cache import state
 from minivlm.cache.kv_cache import KVCache
 from minivlm.generation.steps import forward_step
 from policies import DECODES, POLICIES, needs_compiler, prompt_ids
@@ -27,8 +28,9 @@ from policies import DECODES, POLICIES, needs_compiler, prompt_ids
     ],
 )
 @torch.no_grad()
-def test_a_token_is_written_in_place(name, how, step_kind):
+def test_a_token_is_written_in_place(name, how, step_kind, monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setattr(state, "LARGE_BUCKET", 32)
     model = tiny_model(1, layers=2)
     cache = KVCache(model.config.text, POLICIES[name].build(2), **DECODES[how])
     prefill_prompts(model, cache, [prompt_ids(model, 3, 290, 12)], 9)
