@@ -143,7 +143,7 @@ class TokenBudget(Protocol):
         return torch.zeros(entries.positions.shape, dtype=torch.float32, device=entries.positions.device)
 
     def score_prompt(self, scores: Tensor, attn: Tensor, own: Tensor) -> Tensor:
-        """Scores [H_kv, n] after a block of R <= 128 prompt queries, from the scores after the block before.
+        """Scores [H_kv, n] after a block of R prompt queries, from the scores after the block before.
 
         n are the entries that the budget is over, before this layer evicts any. attn [H_kv, R, n] is the attention that
         they get, summed over the query heads of each group; own [R] is each query's own column.
