@@ -47,6 +47,7 @@ STEPS = {
     "the token in the first share and in the last": replace(RAGGED, tail_start=4, spans=[(0, 260)], places=(0.0, 1.0)),
     "a core without padding": replace(ONE, spans=[(0, 90)], cores=[32], width=32),
 }
+QUICK = ("ragged", "by index", "grouped by 7, by index", "no weights")
 # A batch of different lengths, in buffers of which a third is live.
 SPANS = [(3072 - 2880, 3072 + 70), (3072 - 576, 3072 + 9)]
 IMAGES = Step(2, 1, 128, slots=4096, tail_start=3072, spans=SPANS, places=(0.5,), want_weights=True)
@@ -61,7 +62,11 @@ def run() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "step",
+    [step if name in QUICK else pytest.param(step, marks=pytest.mark.slow) for name, step in STEPS.items()],
+    ids=STEPS,
+)
 def test_agrees_with_the_readable_reference(run, step, dtype):
     """Slots that take no part hold NaN throughout, and so does the token's place before; in the buffers the token is
     all that changes."""
