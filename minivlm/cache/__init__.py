@@ -51,8 +51,8 @@ decode_pass.py    a decode step: write, attend, evict
 kv_cache.py       the cache's life in turns and steps
 
 Beside them: policies/ (the policies, one file each), settings.py (their numbers), attention.py and ranking.py (the
-mathematics; decode_split.py is the kernels of a step's attention on CUDA), accounting.py (entries and bytes), recorder.py (the history of an answer), storage.py (saving and
-loading).
+mathematics; decode_split.py is the kernels of a step's attention on CUDA), accounting.py (entries and bytes),
+recorder.py (the history of an answer), storage.py (saving and loading).
 """
 
 from minivlm.cache.kv_cache import KVCache
