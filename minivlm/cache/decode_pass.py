@@ -75,16 +75,15 @@ class DecodePass:
         if state.decode_split is not None:
             fixed, _, listed, _ = state.counts[:, layer_idx]
             core_slots = self._core_slots(layer_idx)
-            by_index = () if core_slots is None else (core_slots, listed)
             out, weights = state.decode_split(
                 (*token, self.position),
                 (buffers.k, buffers.v, buffers.position),
                 place,
                 used,
-                fixed,
+                fixed if core_slots is None else listed,
                 tail_start,
                 want_weights,
-                *by_index,
+                core_slots,
             )
             return out, weights, tail_start if core_slots is None else core_slots.shape[1]
 

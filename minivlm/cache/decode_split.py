@@ -37,11 +37,10 @@ def decode_split(
     buffers: tuple[Tensor, Tensor, Tensor],
     place: Tensor,
     used: Tensor,
-    fixed: Tensor,
+    left: Tensor,
     tail_start: int,
     want_weights: bool,
     core_slots: Tensor | None = None,
-    listed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Write one token of each row into a layer's buffers, and attend to all that is live.
 
@@ -49,9 +48,9 @@ def decode_split(
     are those of keys and values [B, H_kv, slots, D] and of positions, int32 [B, H_kv, slots]. All other tensors are
     int64. `place` [B, H_kv] says where in the tail the token goes: to one of its first `used` [B, 1] places.
 
-    A row's live slots are the `fixed` [B, 1] ones left of `tail_start` and the used ones from there on; there is a
-    column per slot. With `core_slots` [B, width] they are its first `listed` [B, 1] numbers, all left of `tail_start`,
-    and the used ones; the columns are those of the list, then the tail's. Then `fixed` does not matter.
+    A row's live slots are the last `left` [B, 1] ones before `tail_start` and the used ones from there on; there is a
+    column per slot. With `core_slots` [B, width] they are its first `left` numbers, all before `tail_start`, and the
+    used ones; the columns are those of the list, then the tail's.
 
     Returns the output [B, H, 1, D] and, if wanted, the weights in float32 summed over each group of query heads,
     [B, H_kv, columns], exactly 0 where nothing is live. Raises ValueError for buffers that are not contiguous: the
@@ -60,7 +59,7 @@ def decode_split(
     for tensor in buffers:
         if not tensor.is_contiguous():
             raise ValueError(f"a buffer is not contiguous: strides {tensor.stride()} of {tuple(tensor.shape)}")
-    out, weights = _decode_split(*token, *buffers, place, used, fixed, core_slots, listed, tail_start, want_weights)
+    out, weights = _decode_split(*token, *buffers, place, used, left, core_slots, tail_start, want_weights)
     return out, weights if want_weights else None
 
 
@@ -75,9 +74,8 @@ def _decode_split(
     positions: Tensor,
     place: Tensor,
     used: Tensor,
-    fixed: Tensor,
+    left: Tensor,
     core_slots: Tensor | None,
-    listed: Tensor | None,
     tail_start: int,
     want_weights: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -96,7 +94,6 @@ def _decode_split(
     best, total = (q.new_empty(part.shape[:-1], dtype=torch.float32) for _ in range(2))
     # Parts of one product as they are: of each row, all heads one after the other.
     new = [tensor if tensor[0].is_contiguous() else tensor.contiguous() for tensor in (q, new_k, new_v)]
-    before = fixed if listed is None else listed  # live entries left of the tail
     layout = {
         "KV_HEADS": kv_heads,
         "GROUPS": groups,
@@ -108,8 +105,8 @@ def _decode_split(
     padded_groups, is_float32 = triton.next_power_of_2(groups), q.dtype == torch.float32
     wrap_triton(_parts_kernel)[(batch * kv_heads, splits)](
         *new, position.contiguous(), k, v, positions,
-        place.contiguous(), used.contiguous(), before.contiguous(),
-        before if core_slots is None else core_slots.contiguous(),  # without a list nothing is read there
+        place.contiguous(), used.contiguous(), left.contiguous(),
+        left if core_slots is None else core_slots.contiguous(),  # without a list nothing is read there
         scores, part, best, total, *(tensor.stride(0) for tensor in new), slots, width, tail_start, columns,
         # A tensor core takes 16 rows; float32 is multiplied without one.
         ROWS=padded_groups if is_float32 else max(16, padded_groups),
@@ -117,7 +114,7 @@ def _decode_split(
     )  # fmt: skip
     blocks = triton.cdiv(columns, _COLUMNS) if want_weights else 0
     wrap_triton(_whole_kernel)[(batch * kv_heads, groups + blocks)](
-        scores, part, best, total, used.contiguous(), before.contiguous(), out, weights,
+        scores, part, best, total, used.contiguous(), left.contiguous(), out, weights,
         splits, width, tail_start, columns,
         ROWS=padded_groups, SPLITS=triton.next_power_of_2(splits), BLOCK=_COLUMNS, **layout,
     )  # fmt: skip
@@ -135,7 +132,7 @@ def split_count(pairs: int, columns: int) -> int:
 
 @triton.jit
 def _parts_kernel(
-    q, new_k, new_v, position, k, v, positions, place, used, before, core_slots, scores, part, best, total,
+    q, new_k, new_v, position, k, v, positions, place, used, left_counts, core_slots, scores, part, best, total,
     q_stride, k_stride, v_stride, slots, width, tail_start, columns,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     INDEXED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -155,7 +152,7 @@ def _parts_kernel(
     query = tl.load(query, is_head & is_channel, 0.0)
 
     # The row's entries are numbered: first those left of the tail, then the used places of the tail.
-    left = tl.load(before + row).to(tl.int32)
+    left = tl.load(left_counts + row).to(tl.int32)
     live = left + tl.load(used + row).to(tl.int32)
     new_place = tl.load(place + pair).to(tl.int32)  # the token's, counted from the tail's start
     share = tl.cdiv(tl.cdiv(live, splits), BLOCK) * BLOCK
@@ -217,7 +214,7 @@ def _parts_kernel(
 
 @triton.jit
 def _whole_kernel(
-    scores, part, best, total, used, before, out, weights, splits, width, tail_start, columns,
+    scores, part, best, total, used, left_counts, out, weights, splits, width, tail_start, columns,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     INDEXED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +241,7 @@ def _whole_kernel(
         sums = tl.sum(tl.exp(maxima - top[None]) * tl.load(total + results, is_result, 0.0), 0)
         sums = tl.where(is_head, sums, 1.0)  # [ROWS]
 
-        left, in_tail = tl.load(before + pair // KV_HEADS), tl.load(used + pair // KV_HEADS)
+        left, in_tail = tl.load(left_counts + pair // KV_HEADS), tl.load(used + pair // KV_HEADS)
         if INDEXED:
             is_live = (column < left) | ((column >= width) & (column < width + in_tail))
         else:

@@ -6,7 +6,7 @@ graph is built for each kind, and one more chooses the cores after a refresh.
 On a CPU a graph serves every size: shapes are symbols in it, and inductor fuses the single-query attention into one
 pass over keys and values. On CUDA shapes are fixed, because graphs are recorded with their addresses (CUDA graphs).
 There buffers never shrink, so that few sizes occur, and what a step reads depends on the live entries alone (see
-`KVCache`). A recording holds the step's intermediate results, which all recordings share: some MB at batch 1.
+`KVCache`). A recording holds the step's intermediate results, in memory that all recordings share.
 """
 
 from __future__ import annotations

@@ -72,20 +72,20 @@ class Generation:
         told = self._first[1]
         for image in features:  # a policy may have dropped all that would show in the logits
             told = checked(told, image.flatten())
-        self._none_stored = [0] * len(input_ids)
-        self._tail_vision = accounting.vision_in_tail(cache, self._none_stored)
+        self._tail_vision = accounting.vision_in_tail(cache, [0] * len(input_ids))
         if NOT_FINITE in told.tolist():  # waits for the device
             raise explain(self.tokens)
         self.prefill_s = time.perf_counter() - started
         self.prompt_tokens = sum(len(ids) for ids in input_ids)
         self.vision_tokens = sum(len(image) for image in features)
 
-    # What the cache held after the prefill. It is counted when someone asks, not before the first token.
+    # What the cache held after the prefill. It is counted when someone asks, not before the first token; after the
+    # cache's next turn began, it is too late to ask.
 
     @functools.cached_property
     def live_entries(self) -> dict[str, int]:
         """Entries by class, summed over sequences, layers and key/value heads."""
-        by_layer = accounting.live_entries(self.cache, self._none_stored, self._tail_vision)
+        by_layer = accounting.live_entries(self.cache, [0] * len(self.tokens), self._tail_vision)
         return {name: sum(layer[name] for layer in by_layer) for name in accounting.ENTRY_CLASSES}
 
     @property
@@ -97,7 +97,7 @@ class Generation:
     @property
     def full_bytes(self) -> int:
         """Bytes that the full cache would have held."""
-        return accounting.full_bytes(self.cache, self._none_stored)
+        return accounting.full_bytes(self.cache, [0] * len(self.tokens))
 
     def stop(self) -> None:
         """End the answer after the step under way; may be called from a signal handler."""

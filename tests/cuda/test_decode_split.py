@@ -153,14 +153,12 @@ def launched(groups: int, dim: int, dtype: torch.dtype, indexed: bool, want_weig
     shapes = ((8 * groups, 1, dim), (8, 1, dim), (8, 1, dim), (8, 3328, dim), (8, 3328, dim))
     q, new_k, new_v, k, v = (torch.empty(8, *shape, dtype=dtype, device="meta") for shape in shapes)
     position, positions = (torch.empty(8, *shape, dtype=torch.int32, device="meta") for shape in ((1,), (8, 3328)))
-    place, used, fixed, listed, core_slots = (
-        torch.empty(8, n, dtype=torch.int64, device="meta") for n in (8, 1, 1, 1, 1024)
-    )
-    index = (core_slots, listed) if indexed else ()
+    place, used, left, core_slots = (torch.empty(8, n, dtype=torch.int64, device="meta") for n in (8, 1, 1, 1024))
+    index = (core_slots,) if indexed else ()
     recorder = Recorder()
     with mock.patch.object(module, "wrap_triton", recorder):
         token, buffers = (q, new_k, new_v, position), (k, v, positions)
-        module.decode_split(token, buffers, place, used, fixed, 3072, want_weights, *index)
+        module.decode_split(token, buffers, place, used, left, 3072, want_weights, *index)
     return recorder.launches
 
 

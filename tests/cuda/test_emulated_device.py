@@ -183,14 +183,15 @@ def test_the_packages_kernel_is_answered_as_it_is_meant(listed, want_weights):
     shapes = ((4, 1), (2, 1), (2, 1), (2, slots), (2, slots))
     q, new_k, new_v, k, v = (torch.randn(2, heads, n, 8, generator=random) for heads, n in shapes)
     position, positions = torch.tensor([[20], [30]]).int(), torch.zeros(2, 2, slots).int()
-    place, used, fixed = torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3], [1]]), torch.tensor([[5], [1]])
+    place, used = torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3], [1]])
+    left = torch.tensor([[5], [1]] if listed is None else listed).view(2, 1)
     core_slots, core = torch.tensor([[4, 1, 2, 0], [0, 0, 0, 0]]), None
     with EmulatedCuda(KERNELS) as cuda:
         on_device = {name: tensor.to("cuda") for name, tensor in locals().items() if isinstance(tensor, Tensor)}
         token = [on_device[name] for name in ("q", "new_k", "new_v", "position")]
         buffers = [on_device[name] for name in ("k", "v", "positions")]
-        counts = [on_device[name] for name in ("place", "used", "fixed")]
-        index = () if listed is None else (on_device["core_slots"], torch.tensor(listed).to("cuda")[:, None])
+        counts = [on_device[name] for name in ("place", "used", "left")]
+        index = () if listed is None else (on_device["core_slots"],)
         cuda.syncs.clear()
         ours = decode_split(token, buffers, *counts, tail_start, want_weights, *index)
         assert by_minivlm(cuda.syncs) == []

@@ -128,14 +128,12 @@ def test_bytes_of_a_step_are_those_the_cache_counts(model):
     assert everything == core_alone + secondary * cache.step_kinds.count("core") > core_alone
 
 
-def test_the_table_of_bytes_in_the_docs():
-    """It is what its command prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "eval.speed.step_bytes"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert len(done.stdout.splitlines()) > 5 and done.stdout in (ROOT / "docs" / "performance.md").read_text(
-        encoding="utf-8"
-    )
+@pytest.mark.parametrize("module", ["eval.speed.step_bytes", "eval.speed.gpu.limits"])
+def test_the_tables_of_arithmetic_in_the_docs(module):
+    """They are what their commands print."""
+    done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) > 5
+    assert done.stdout in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_decoder_bytes(model):

@@ -16,9 +16,8 @@ def decode_split(
     positions: Tensor,
     place: Tensor,
     used: Tensor,
-    fixed: Tensor,
+    left: Tensor,
     core_slots: Tensor | None,
-    listed: Tensor | None,
     tail_start: int,
     want_weights: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -31,12 +30,13 @@ def decode_split(
         head = torch.arange(kv_heads)
         where = (row, head, tail_start + place[row])  # [H_kv]
         k[where], v[where], positions[where] = new_k[row, :, 0], new_v[row, :, 0], position[row, 0]
-        if core_slots is None or listed is None:
-            left = columns = torch.arange(tail_start - int(fixed[row]), tail_start)  # slots, and their columns
+        count = int(left[row])
+        if core_slots is None:
+            slots_left = columns = torch.arange(tail_start - count, tail_start)
         else:
-            left, columns = core_slots[row, : int(listed[row])], torch.arange(int(listed[row]))
+            slots_left, columns = core_slots[row, :count], torch.arange(count)
         tail = torch.arange(int(used[row]))
-        live, columns = torch.cat((left, tail_start + tail)), torch.cat((columns, tail_column + tail))
+        live, columns = torch.cat((slots_left, tail_start + tail)), torch.cat((columns, tail_column + tail))
         query = q[row].view(kv_heads, heads // kv_heads, dim).float() * dim**-0.5  # [H_kv, G, D]
         softmax = (query @ k[row][:, live].float().transpose(1, 2)).softmax(dim=-1)  # [H_kv, G, n]
         out[row] = (softmax @ v[row][:, live].float()).view(heads, 1, dim)

@@ -63,9 +63,8 @@ class Inputs:
     positions: Tensor  # [B, H_kv, slots], int32
     place: Tensor  # [B, H_kv]
     used: Tensor  # [B, 1]
-    fixed: Tensor  # [B, 1]
+    left: Tensor  # [B, 1]
     core_slots: Tensor | None  # [B, width]
-    listed: Tensor | None  # [B, 1]
     live: Tensor  # [B, slots], bool: the slots that take part
     is_old: Tensor  # [B, H_kv, slots], bool: those but the token's
 
@@ -74,13 +73,13 @@ class Inputs:
         random = torch.Generator().manual_seed(0)
         batch, slot = len(step.spans), torch.arange(step.slots)
         first, end = torch.tensor(step.spans).T[..., None]  # [B, 1]
-        used, fixed = end - step.tail_start, step.tail_start - first
+        used, left = end - step.tail_start, step.tail_start - first
         fraction = torch.tensor(step.places).repeat(step.kv_heads)[: step.kv_heads]
         place = (fraction * (used - 1)).long()
         live = (slot >= first) & (slot < end)
-        core_slots = listed = None
+        core_slots = None
         if step.cores is not None:
-            listed = torch.tensor(step.cores)[:, None]
+            left = torch.tensor(step.cores)[:, None]
             core_slots = torch.zeros(batch, step.width, dtype=torch.int64)  # slot 0 pads the list
             for row, (count, (start, _)) in enumerate(zip(step.cores, step.spans, strict=True)):
                 core = start + torch.randperm(step.tail_start - start, generator=random)[:count].sort().values
@@ -105,9 +104,8 @@ class Inputs:
             positions=numbers(batch, step.kv_heads, step.slots),
             place=place,
             used=used.contiguous(),
-            fixed=fixed.contiguous(),
+            left=left.contiguous(),
             core_slots=core_slots,
-            listed=listed,
             live=live,
             is_old=is_old,
         )
@@ -115,8 +113,8 @@ class Inputs:
     def step(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """`decode_split`, which writes into the buffers."""
         token, buffers = (self.q, self.new_k, self.new_v, self.position), (self.k, self.v, self.positions)
-        numbers = (self.place, self.used, self.fixed, step.tail_start)
-        return decode_split(token, buffers, *numbers, step.want_weights, self.core_slots, self.listed)
+        numbers = (self.place, self.used, self.left, step.tail_start)
+        return decode_split(token, buffers, *numbers, step.want_weights, self.core_slots)
 
     def expected(self, step: Step) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]:
         """The buffers with the token in its place, and what `decode_static` makes of them, in float32."""
@@ -128,8 +126,8 @@ class Inputs:
         if self.core_slots is not None:
             columns = torch.cat((self.core_slots, columns[:, step.tail_start :]), dim=1)
         live = self.live.gather(1, columns)
-        if self.listed is not None:  # a padded list repeats a slot
-            live[:, : step.width] &= torch.arange(step.width) < self.listed
+        if self.core_slots is not None:  # a padded list repeats a slot
+            live[:, : step.width] &= torch.arange(step.width) < self.left
         at = columns[:, None, :, None].expand(-1, step.kv_heads, -1, step.dim)
         read = (tensor.gather(2, at).float() for tensor in (k, v))
         return (k, v, positions), decode_static(self.q.float(), *read, live, step.want_weights)
