@@ -220,8 +220,16 @@ class _Stored:
         }
         if scored:
             tensors["score"] = self._read(f"{prefix}.score", (batch, heads, slots - left), torch.float32)
-        write_slot = self._read(f"{prefix}.write_slot", (batch, heads), torch.int64, (left, slots - 1))
-        self.next_place[layer_idx] = write_slot - left
+        # A hole among the tail's entries, or the slot after them, which need not exist once the answer is complete.
+        place = self._read(f"{prefix}.write_slot", (batch, heads), torch.int64, (left, slots)) - left
+        group = cache.budget_group[layer_idx]
+        lengths = [
+            sequence.tail_lengths[group][stored]
+            for sequence, stored in zip(self.sequences, self.stored.tolist(), strict=True)
+        ]
+        if (place > torch.tensor(lengths)[:, None]).any():
+            raise self._damaged(f"{prefix}.write_slot")
+        self.next_place[layer_idx] = place
         buffers = LayerBuffers(
             SlotLayout.of(counts, cache.bucket_size),
             batch,

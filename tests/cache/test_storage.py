@@ -92,6 +92,22 @@ def test_an_answer_goes_on_identically(name, how, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("how", DECODES)
+@pytest.mark.parametrize("steps", [19, 20, 21])
+def test_an_answer_that_has_filled_its_tail_is_loaded(steps, how, tmp_path):
+    """With 12 tokens of text, 20 steps fill a bucket of 32 slots: then no slot follows the last entry."""
+    cache = new_cache(POLICIES["full"], (0,), **DECODES[how])
+    prefill_prompts(MODEL, cache, [prompt_ids(MODEL, 3, 30, 12)], steps + 1)
+    for step in range(steps):
+        decode_step(MODEL, cache, torch.tensor([10 + step]), STOP)
+    save_cache(cache, tmp_path / "cache")
+    loaded = new_cache(POLICIES["full"], (0,), **DECODES[how])
+    load_cache(loaded, tmp_path / "cache", torch.float32)
+    assert positions(loaded) == positions(cache)
+    logits = [prefill_prompts(MODEL, each, [prompt_ids(MODEL, 2, 10, 5)], 4) for each in (cache, loaded)]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_implementation_may_go_on_but_not_another_dtype(dtype, tmp_path):
     model = tiny_model(6, heads=(4, 2)).to(dtype)
@@ -183,6 +199,7 @@ DAMAGE: dict[str, dict[str, Any]] = {
     "layers.2.v is torch.float64": dict(layers__2__v=lambda t: t.double()),
     "layers.0.write_slot leaves": dict(layers__0__write_slot=lambda t: t + 1000),
     "layers.0.write_slot leaves ": dict(layers__0__write_slot=lambda t: t - 1000),
+    "damaged (layers.0.write_slot)": dict(layers__0__write_slot=lambda t: t + 12),
     "layers.0.position leaves": dict(layers__0__position=lambda t: t + 512),
     "layers.1.counts leaves": dict(layers__1__counts=lambda t: t - 50),
     "layers.1.counts leaves ": dict(layers__1__counts=lambda t: t + 10**9),
