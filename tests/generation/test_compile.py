@@ -91,12 +91,12 @@ def test_on_a_cpu_all_sizes_share_their_graphs(name, graphs):
     counter = CompileCounter()
     compiled = counted_step(counter, dynamic=True)
     cache, layouts = new_cache(name, "static"), set()
-    for parts in image_sizes(12):
+    for parts in image_sizes(7):
         logits, _ = answer(cache, [parts, parts], compiled)
         expected, _ = answer(new_cache(name), [parts, parts], decode_step)
         torch.testing.assert_close(logits[:, 0], expected[:, 0], atol=1e-4, rtol=0)
         layouts.add(cache.layers[0].layout)
-    assert counter.frame_count == graphs and len(layouts) >= 5
+    assert counter.frame_count == graphs and len(layouts) >= 4
 
 
 def test_on_cuda_a_graph_is_made_only_where_buffers_grow(monkeypatch):
